@@ -1,0 +1,201 @@
+"""What stores a disk's bytes, as the engine sees it: `Backend` holds them, `Place` names them.
+
+One conformance suite (`tests/storage/conformance.py`) runs against every backend. The engine
+knows only this module; concrete backends are known to the composition root alone.
+
+What a backend promises:
+
+* A failure is an `OSError` with an errno. Nothing else is raised for trouble below.
+* Completed means whole: short reads and writes are looped, an operation that moves nothing is
+  EIO (CVE-2022-0485 is what happens otherwise).
+* An operation that has started ends by itself. Cancelling the coroutine abandons the answer,
+  never the operation: its memory stays alive, and `close` waits for it.
+* Ranges are inside the disk: the door has checked them. Offsets and lengths need not be aligned;
+  a backend that needs alignment (O_DIRECT) widens the range itself, and serialises what that
+  makes overlap.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+
+from mirrord.core.geometry import Extent
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Cache(Enum):
+    """How a file or device is opened."""
+
+    WRITEBACK = "writeback"  # through the page cache
+    DIRECT = "direct"  # O_DIRECT, past it
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What is real about a backend, found out by trying, never assumed."""
+
+    punches_holes: bool  # trim and write_zeroes(punch=True) give storage back
+    fast_zeroes: bool  # write_zeroes is faster than writing zeroes
+    starts_zeroed: bool  # a newly created one reads as zeroes everywhere
+    durable_flush: bool  # after flush, what was written survives a power cut
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which thing this is, whatever its name: for "the same file?" and for the journal."""
+
+    kind: str  # file, block, memory
+    device: int  # st_dev of a file, st_rdev of a block device
+    inode: int  # 0 for a block device
+    size: int  # bytes
+
+    def same_object(self, other: Identity) -> bool:
+        """Tell whether both are one object, by numbers that hold within one boot."""
+        return (self.kind, self.device, self.inode) == (other.kind, other.device, other.inode)
+
+
+class Backend(ABC):
+    """An open disk: bytes at offsets.
+
+    `size` is in bytes and never changes. All methods may be called concurrently; the order of
+    overlapping operations in flight is not defined (the engine's range locks see to that).
+    """
+
+    size: int
+    capabilities: Capabilities
+    identity: Identity
+
+    @abstractmethod
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Return exactly `length` bytes. The buffer is the caller's and never changes."""
+
+    @abstractmethod
+    async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Write all of `data`, which must not change until this returns.
+
+        With `fua` the data is durable on return.
+        """
+
+    @abstractmethod
+    async def write_zeroes(
+        self, offset: int, length: int, *, fua: bool = False, punch: bool = True, fast: bool = False
+    ) -> None:
+        """Make the range read as zeroes.
+
+        With `punch` storage may be given back, else it stays or becomes allocated. With `fast`,
+        raise ENOTSUP at once, changing nothing, when this can't beat writing zeroes.
+        """
+
+    @abstractmethod
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """Give the range's storage back. Afterwards it reads as zeroes.
+
+        (NBD leaves the content undefined; zeroes on every backend keep two sides comparable.)
+        """
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Make every write that completed before this call durable.
+
+        After a failure nothing written since the last good flush may be believed durable, and a
+        second flush proves nothing (the page cache forgets: "Can Applications Recover from fsync
+        Failures?", Rebello et al., USENIX ATC 2020).
+        """
+
+    @abstractmethod
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """Return extents that cover the range from `offset` on, in order, at least one.
+
+        Statuses are DATA, ZERO or HOLE. The answer may stop early (bounded work), never late;
+        "DATA" is always a safe answer.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Wait for operations in flight, then release everything, locks included. Idempotent."""
+
+    async def read_stored(self, offset: int, length: int) -> Buffer:
+        """Read what the storage holds, not what a cache in this machine remembers.
+
+        Call `flush` first. Backends without a cache of their own just read.
+        """
+        return await self.read(offset, length)
+
+    async def copy_from(self, source: Backend, offset: int, length: int) -> bool:
+        """Copy the range from `source` without moving it through this process, if that works.
+
+        Return False, having changed nothing that matters, where it doesn't (another file system,
+        another kind of backend): then read and write.
+        """
+        return False
+
+    def forget_cache(self, offset: int, length: int) -> None:
+        """Hint: nobody will read this range soon; give its clean page cache back."""
+        return
+
+    async def check_unchanged(self) -> None:
+        """Raise `OSError` (ESTALE) when the size was changed behind our back."""
+        return
+
+
+class Place(ABC):
+    """A name under which a disk's bytes lie, or will lie.
+
+    Making one touches nothing. Names are resolved once, at the first use; after that the parent
+    directory's descriptor is held and the path is never resolved again. The durable steps of a
+    move are methods here, so that the cutover reads the same for a file and a block device.
+    Everything that refuses raises `RefusedError` and leaves no trace.
+    """
+
+    location: str  # canonical, as shown to users and written to the journal
+
+    @abstractmethod
+    async def open(self, *, read_only: bool = False, cache: Cache = Cache.WRITEBACK) -> Backend:
+        """Open the existing disk and lock it against another opener (code `in-use`)."""
+
+    @abstractmethod
+    async def check_target(self, source: Backend, *, needed: int, force: bool = False) -> None:
+        """Refuse what can't become a target of `source`: it exists, is the source, is too small,
+        has no room for `needed` bytes (unless `force`), its directory is missing or read-only."""
+
+    @abstractmethod
+    async def create(self, job_id: str, source: Backend, *, cache: Cache) -> Backend:
+        """Create the target under its temporary name, of the source's size, reading as zeroes
+        where `starts_zeroed`; owner, mode, SELinux label and extended attributes are the
+        source's. Durable on return (the file and its directory entry)."""
+
+    @abstractmethod
+    async def find(self, job_id: str, identity: Identity, *, cache: Cache) -> Backend | None:
+        """Open the target of an unfinished job again, under its temporary or its final name.
+
+        None when neither name leads to the file of `identity` (size and inode; also the device
+        where the boot is the same). Makes the directory durable first (rule R12)."""
+
+    @abstractmethod
+    async def publish(self, job_id: str) -> None:
+        """Give the target its final name, never over an existing one; durable on return.
+        Idempotent. Raises `FileExistsError` when something took the name meanwhile."""
+
+    @abstractmethod
+    async def withdraw(self, job_id: str) -> None:
+        """Take the final name back: the opposite of `publish`. Idempotent, durable."""
+
+    @abstractmethod
+    async def discard(self, job_id: str) -> None:
+        """Delete the target of a job that was not committed, under either name, if it is the one
+        this job created. Idempotent, durable. A block device is only released."""
+
+    @abstractmethod
+    async def retire(self, job_id: str, identity: Identity, *, wipe: bool = False) -> str | None:
+        """First half of deleting a source: rename it aside, after every check. Durable.
+
+        Return None when it was done (or had been), else why the source is kept: it was replaced,
+        has another hard link, or another program has it open. Never raises for those.
+        """
+
+    @abstractmethod
+    async def delete_retired(self, job_id: str, identity: Identity) -> None:
+        """Second half: unlink what `retire` renamed, and make that durable. Idempotent."""
