@@ -7,6 +7,7 @@ last resort, for what another process does and tells nobody.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import shutil
 import time
@@ -38,9 +39,7 @@ def eventually(predicate: Callable[[], T], deadline_s: float = 10, what: str = "
         time.sleep(POLL_S)
 
 
-async def eventually_async(
-    predicate: Callable[[], T], deadline_s: float = 10, what: str = ""
-) -> T:
+async def eventually_async(predicate: Callable[[], T], deadline_s: float = 10, what: str = "") -> T:
     """Do what `eventually` does without stopping the event loop."""
     give_up = time.monotonic() + deadline_s
     while True:
@@ -67,6 +66,24 @@ def require_loop_devices() -> None:
     """Skip unless loop devices can be made."""
     if not have_loop_devices():
         pytest.skip(NEEDS_LOOP)
+
+
+def have_io_uring() -> bool:
+    """Tell whether the kernel lets this process make an io_uring."""
+    system_call_number = 425  # io_uring_setup, the same on every architecture
+    libc = ctypes.CDLL(None, use_errno=True)
+    parameters = ctypes.create_string_buffer(120)  # struct io_uring_params
+    descriptor: int = libc.syscall(system_call_number, 2, parameters)
+    if descriptor < 0:
+        return False
+    os.close(descriptor)
+    return True
+
+
+def require_io_uring() -> None:
+    """Skip unless io_uring can be used."""
+    if not have_io_uring():
+        pytest.skip(NEEDS_URING)
 
 
 def require_program(name: str) -> str:
