@@ -1,0 +1,45 @@
+# make demo   install mirrord into .venv and move a live disk, showing what happens
+# make test   install what the tests need and run all of them
+#
+# Each target does its own set-up, and does it once: a second run starts at once.
+
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2# test processes: the suite is written for two cores
+
+.PHONY: demo test lint packages clean help
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo 'make lint   ruff and mypy alone'
+	@echo 'make clean  remove .venv, caches and everything else that was made here'
+
+demo: $(VENV)/.installed
+	$(BIN)/mirrord demo
+
+test: packages lint
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-for-tests
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict
+
+packages:
+	tools/packages
+
+$(BIN)/python:
+	tools/make-venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.installed-for-tests: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist
+	rm -rf *.egg-info
+	find mirrord tests bench tools -name __pycache__ -prune -exec rm -rf {} +
