@@ -19,7 +19,7 @@ The life of a block, and why a kill is harmless at each step:
     copier               take, read, write, copied    stays in `mapped` until the target has it
     copy failed          put_back                     never left `mapped`
     write during a copy  mark sets `todo` again       `copied` leaves what `todo` has
-    mirrored write       mark, both writes, unmark    stays in `mapped` until both sides have it
+    mirrored write       hold, both writes, unmark    stays in `mapped` until both sides have it
 """
 
 from __future__ import annotations
@@ -111,6 +111,15 @@ class DirtyBitmap:
 
     def _mark_blocks(self, first: int, stop: int) -> None:
         self.dirtied_bytes += self._set(first, stop) << self._shift
+
+    def hold(self, offset: int, length: int) -> None:
+        """Say that a mirrored write of clean blocks starts: a kill must find them, the copier not.
+
+        Answer with `unmark` when both sides have it, with `mark` when they may differ.
+        """
+        first, stop = self._touched(offset, length)
+        self._mapped_count += stop - first - self._mapped.count(1, first, stop)
+        self._mapped[first:stop] = 1
 
     def unmark(self, offset: int, length: int, *, was_clean: bool = False) -> None:
         """Say that a mirrored write has ended well on both sides, so that they are equal here.

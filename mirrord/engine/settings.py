@@ -1,0 +1,53 @@
+"""The engine's numbers, each with its reason. Tests shrink them; users change few of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mirrord.core.geometry import KIB, MIB
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Sizes in bytes, times in seconds."""
+
+    # Unit of copying, verifying and digests: large enough to amortise a request, small enough
+    # that a guest's write waits at most about a millisecond for the copy of its chunk.
+    chunk_bytes: int = MIB
+    # One bit of the intent map; 1 MiB keeps the map of a 1 TiB disk at 128 KiB.
+    region_bytes: int = MIB
+    # Zero detection inside a chunk: the usual largest block of file systems.
+    zero_bytes: int = 64 * KIB
+    # Extents are asked for in steps, so that a huge sparse disk never blocks the loop for long.
+    scan_bytes: int = 1024 * MIB
+    # The target is flushed in the background this often (or after so many bytes), so that the
+    # intent map can be cleared and the flush at the gate has little to do.
+    checkpoint_s: float = 5.0
+    checkpoint_bytes: int = 256 * MIB
+    # A region stays marked for so many checkpoints after a guest's write (30 s): a hot region
+    # pays its durable mark once, not again and again.
+    hot_checkpoints: int = 6
+    # The guest waits at most so long for the target (rule R14).
+    target_budget_s: float = 2.0
+    # No completion from the target for so long, while something is in flight: it hangs.
+    target_stall_s: float = 5.0
+    # The gate reopens after this long without a commit (section 4 of the protocol).
+    gate_s: float = 5.0
+    # Delays between attempts after target trouble or a gate that timed out, doubling.
+    retry_first_s: float = 0.5
+    retry_max_s: float = 30.0
+    # Sticky errors of the target: after so many attempts in a row the job pauses and waits
+    # for the operator instead of hammering a broken device.
+    target_attempts_max: int = 8
+    # How often a paused-for-space job looks whether there is space again.
+    space_probe_s: float = 5.0
+    # Rates are sampled this often.
+    sample_s: float = 1.0
+    # Verification walks the chunks that were written since they were compared, at most so often.
+    verify_passes_max: int = 4
+    # Verification reads so many chunks at a time: two keep a disk busy while one is hashed.
+    verify_width: int = 2
+    # How long an activity that was told to stop may take to finish what it has in flight.
+    drain_s: float = 2.0
+    # How often the sizes of both sides are checked against their sizes at the start.
+    watch_s: float = 5.0

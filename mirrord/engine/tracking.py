@@ -1,0 +1,310 @@
+"""What a job adds to each guest write: marks, intents, and the mirror.
+
+The order of one write, and why a crash or a neighbour can't hurt between any two steps:
+
+    following (not mirrored)              mirrored
+    1 mark both maps' bits                1 range lock (4 KiB blocks, first come first served)
+    2 region durably marked (R1)          2 hold the mapped bit (a kill may come)
+    3 write to the source                 3 region durably marked (R1)
+    4 mark again (R3), answer             4 both legs start; the source's answer counts
+                                          5 both done: drop the bit; else mark it
+                                          6 unlock once the target's leg has ended (R4), answer
+
+* Between 1 and 4 the copier may take the block, read it half written and finish: step 4 marks it
+  again, and until then the write stands in `in_flight`, so the copier leaves the mapped bit alone
+  and a kill finds it.
+* Mirroring starts while unmirrored writes are in flight. Until those have ended (`settled`) no
+  mirrored write drops a bit, since their order on the source against ours is unknown.
+* Mirroring ends the same way: a write that began mirrored drops its bit only if the very same
+  mirroring is still on, because an unmirrored neighbour may be in the same block.
+* A target that fails or takes longer than its budget costs the guest at most that budget, once:
+  the write is answered from the source, the block stays marked, mirroring ends (R14). The late leg
+  keeps its lock until it has ended (R4), so the copier can't be overtaken by it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from errno import EIO, ETIMEDOUT
+
+from mirrord.core.bitmap import DirtyBitmap
+from mirrord.core.geometry import Extent, Status, round_down, round_up
+from mirrord.core.ranges import RangeLocks, Ticket
+from mirrord.engine.digests import Digests
+from mirrord.engine.intents import Intents
+from mirrord.engine.mutation import Mutation
+from mirrord.engine.settings import EngineSettings
+from mirrord.errors import SourceError, TargetError
+from mirrord.storage.backend import Backend
+
+
+class Mirror:
+    """One stretch of mirroring. Its identity tells a write whether it is still the same one."""
+
+    __slots__ = ("settled",)
+
+    def __init__(self) -> None:
+        self.settled = False  # every write that began unmirrored has ended
+
+
+class Locks:
+    """Range locks to wait on: `RangeLocks` with a future for each ticket that must wait."""
+
+    def __init__(self) -> None:
+        self._ranges = RangeLocks()
+        self._waiting: dict[Ticket, asyncio.Future[None]] = {}
+
+    async def acquire(self, start: int, stop: int) -> Ticket:
+        """Return a granted ticket for [start, stop), in the order of the calls."""
+        ticket = self._ranges.acquire(start, stop)
+        if not ticket.granted:
+            waiting = asyncio.get_running_loop().create_future()
+            self._waiting[ticket] = waiting
+            try:
+                await waiting
+            except asyncio.CancelledError:
+                self._waiting.pop(ticket, None)
+                self.release(ticket)
+                raise
+        return ticket
+
+    def release(self, ticket: Ticket) -> None:
+        """Give the range to whoever waits for it."""
+        for granted in self._ranges.release(ticket):
+            waiting = self._waiting.pop(granted, None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(None)
+
+
+class WriteTracker:
+    """Follows a guest's writes for one job; see the module's docstring for the order.
+
+    `report` is told of trouble with either side and returns at once. `give_up` makes an abort of
+    the job durable (the intent map can't be written, so the job can't survive a crash).
+    `charge` counts mirrored bytes against the job's bandwidth limit.
+    """
+
+    def __init__(
+        self,
+        source: Backend,
+        target: Backend,
+        bitmap: DirtyBitmap,
+        intents: Intents,
+        digests: Digests,
+        settings: EngineSettings,
+        tasks: asyncio.TaskGroup,
+        *,
+        report: Callable[[SourceError | TargetError], None],
+        give_up: Callable[[OSError], Awaitable[None]],
+        charge: Callable[[int], None],
+    ) -> None:
+        self.source = source
+        self.target = target
+        self.bitmap = bitmap
+        self.intents = intents
+        self.digests = digests
+        self.locks = Locks()
+        self.strict = False  # the commit's outcome is unknown: both sides or neither (R15)
+        self.abandoned = False  # the job gave up: writes go to the source alone
+        self.mirrored_bytes = 0
+        self.generation = 0  # grows when the target may have forgotten what it had confirmed
+        self._settings = settings
+        self._tasks = tasks
+        self._report = report
+        self._give_up = give_up
+        self._charge = charge
+        self._mirror: Mirror | None = None
+        self._in_flight: dict[int, tuple[int, int]] = {}
+        self._next_token = 0
+        self._unflushed: set[int] = set()  # regions written at the target since its last good flush
+        self._hot: deque[set[int]] = deque([set()], maxlen=settings.hot_checkpoints + 1)
+
+    # The guest's side
+
+    async def mutate(self, mutation: Mutation) -> None:
+        """Carry a mutation out, on both sides while mirroring."""
+        self.digests.forget(mutation.offset, mutation.length)
+        self._hot[0].update(self.regions(mutation.offset, mutation.length))
+        mirror = self._mirror
+        if mirror is None:
+            await self._follow(mutation)
+        else:
+            await self._mirrored(mutation, mirror)
+
+    async def flush(self) -> None:
+        """Make the source durable (R10); both sides while the commit's outcome is unknown."""
+        try:
+            await self.source.flush()
+        except OSError as error:
+            self._report(SourceError(error, "flush of the source failed"))
+            raise
+        if self.strict:
+            await self.target.flush()
+
+    def dirty_extents(self, offset: int, length: int) -> list[Extent]:
+        """Return where the sides may differ, by the bitmap."""
+        return [
+            Extent(start, size, Status.DIRTY if dirty else Status.CLEAN)
+            for start, size, dirty in self.bitmap.runs(offset, length)
+        ]
+
+    # The job's side
+
+    @property
+    def mirroring(self) -> bool:
+        """Whether guest writes go to both sides."""
+        return self._mirror is not None
+
+    def start_mirroring(self) -> Mirror:
+        """Send writes that begin from now on to both sides."""
+        self._mirror = self._mirror or Mirror()
+        return self._mirror
+
+    def stop_mirroring(self) -> None:
+        """Follow writes in the bitmap again. The target's content stays usable."""
+        self._mirror = None
+
+    def in_flight(self) -> Iterator[tuple[int, int]]:
+        """Yield (offset, length) of the unmirrored writes in flight."""
+        return iter(self._in_flight.values())
+
+    def regions(self, offset: int, length: int) -> range:
+        """Return the indices of the regions that the range touches."""
+        unit = self._settings.region_bytes
+        return range(offset // unit, (offset + length - 1) // unit + 1)
+
+    def target_wrote(self, offset: int, length: int) -> None:
+        """Remember that a write to the target ended, and isn't durable yet."""
+        self._unflushed.update(self.regions(offset, length))
+
+    async def checkpoint(self) -> None:
+        """Flush the target, then clear the marks of regions that were equal before the flush.
+
+        A region is cleared only if no block of it is marked, nothing was written to it at the
+        target since the flush began, and no guest wrote to it lately (R2). A failed flush makes
+        everything written since the last good one dirty again (R9) and is raised.
+        """
+        equal = [r for r in self.intents.map.marked_regions() if not self._dirty(r)]
+        covered, self._unflushed = self._unflushed, set()
+        try:
+            await self.target.flush()
+        except OSError as error:
+            self._unflushed |= covered
+            self.distrust_target()
+            raise TargetError(error, "flush of the target failed") from error
+        # no await below until the regions are cleared in memory
+        hot = set[int]().union(*self._hot)
+        self._hot.appendleft(set())
+        still = (r for r in equal if r not in self._unflushed and r not in hot)
+        await self.intents.clear([r for r in still if not self._dirty(r)])
+
+    def distrust_target(self) -> None:
+        """Mark everything that the target has not confirmed as durable (R9, R13)."""
+        self.stop_mirroring()
+        self.generation += 1
+        unit = self._settings.region_bytes
+        for region in self._unflushed:
+            start = region * unit
+            self.bitmap.mark(start, min(unit, self.source.size - start))
+            self.digests.forget(start, min(unit, self.source.size - start))
+        self._unflushed.clear()
+
+    # Inside
+
+    def _dirty(self, region: int) -> bool:
+        return self.bitmap.region_dirty(region, self._settings.region_bytes)
+
+    async def _follow(self, mutation: Mutation) -> None:
+        offset, length = mutation.offset, mutation.length
+        self.bitmap.mark(offset, length)
+        token = self._next_token
+        self._next_token += 1
+        self._in_flight[token] = (offset, length)
+        try:
+            if not self.intents.marked(offset, length):
+                await self._ensure(offset, length)
+            await mutation.apply(self.source)
+        finally:
+            self.bitmap.mark(offset, length)
+            del self._in_flight[token]
+
+    async def _ensure(self, offset: int, length: int) -> None:
+        """Mark the regions durably, or give the job up: then the mark isn't needed."""
+        if self.abandoned:
+            return
+        try:
+            await self.intents.ensure(offset, length)
+        except OSError as error:
+            await self._give_up(error)
+
+    async def _mirrored(self, mutation: Mutation, mirror: Mirror) -> None:
+        unit = self.bitmap.granularity
+        start = round_down(mutation.offset, unit)
+        length = round_up(mutation.offset + mutation.length, unit) - start
+        ticket = await self.locks.acquire(start, start + length)
+        leg: asyncio.Task[OSError | None] | None = None
+        try:
+            # The world may have changed while we waited.
+            was_clean = mirror.settled and self.bitmap.clean(start, length)
+            if self._mirror is mirror and was_clean:
+                self.bitmap.hold(start, length)
+            else:
+                self.bitmap.mark(start, length)
+            try:
+                if not self.intents.marked(mutation.offset, mutation.length):
+                    await self._ensure(mutation.offset, mutation.length)
+                if self._mirror is not mirror:
+                    await self._follow(mutation)
+                    return
+                leg = self._tasks.create_task(self._leg(mutation))
+                equal = await self._both(mutation, leg)
+            except BaseException:
+                self.bitmap.mark(start, length)
+                raise
+            if equal and was_clean and self._mirror is mirror:
+                self.bitmap.unmark(start, length)
+            else:
+                self.bitmap.mark(start, length)
+        finally:
+            if leg is None or leg.done():
+                self.locks.release(ticket)
+            else:
+                leg.add_done_callback(lambda _: self.locks.release(ticket))
+
+    async def _both(self, mutation: Mutation, leg: asyncio.Task[OSError | None]) -> bool:
+        """Wait for both legs; True when both sides have the mutation."""
+        try:
+            await mutation.apply(self.source)
+        except OSError:
+            await self._outcome(leg)
+            raise
+        error = await self._outcome(leg)
+        if error is None:
+            return True
+        if self.strict:
+            raise OSError(EIO, "the target failed while the commit's outcome is unknown") from error
+        self.stop_mirroring()
+        self._report(TargetError(error, "mirrored write failed", mutation.offset))
+        return False
+
+    async def _leg(self, mutation: Mutation) -> OSError | None:
+        try:
+            await mutation.mirror(self.target)
+        except OSError as error:
+            return error
+        self.target_wrote(mutation.offset, mutation.length)
+        self.mirrored_bytes += mutation.length
+        self._charge(mutation.length)
+        return None
+
+    async def _outcome(self, leg: asyncio.Task[OSError | None]) -> OSError | None:
+        if not leg.done():
+            await asyncio.wait((leg,), timeout=self._settings.target_budget_s)
+        if not leg.done():
+            budget_s = self._settings.target_budget_s
+            return OSError(ETIMEDOUT, f"the target did not answer within {budget_s:g} s")
+        if leg.cancelled():
+            return OSError(EIO, "the job ended")
+        return leg.result()
