@@ -14,8 +14,9 @@ What was torn and what was damaged are different things. A torn record was never
 nothing was built on it: it is dropped. A damaged one may have been the commit point: nobody may go
 on. Storage writes sectors of 512 bytes whole or not at all and a torn record is always the last;
 so a bad record counts as torn when a part of it is missing (still zero) and nothing valid comes
-after it. Recovery first makes what is left of it zero again (`repair`). A bad record that is all there, a valid record behind a bad one, a hole in the sequence
-numbers, a journal of the wrong length, an illegal order: all that is damage.
+after it. Recovery first makes what is left of it zero again (`repair`). A bad record that is all
+there, a valid record behind a bad one, a hole in the sequence numbers, a journal of the wrong
+length, an illegal order: all that is damage.
 
 Unknown outcome (rule R15): when the write of a record fails, keep the `Log` from before it. The
 next `append` then goes to the same place under the same number, so that whatever the storage has
