@@ -129,11 +129,7 @@ class DirtyBitmap:
         range before this write was marked. The caller's range lock must cover whole blocks.
         """
         first, stop = self._touched(offset, length) if was_clean else self._inside(offset, length)
-        if first < stop:
-            self._todo_count -= self._todo.count(1, first, stop)
-            self._mapped_count -= self._mapped.count(1, first, stop)
-            self._todo[first:stop] = 0
-            self._mapped[first:stop] = 0
+        self._drop(first, stop)
 
     # -- the copier
 
@@ -237,6 +233,20 @@ class DirtyBitmap:
         self._mapped[:] = 0
         self._mapped_count = self._todo_count = 0
 
+    def reset(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Make exactly the blocks of `ranges` ((offset, length) in order) ones to copy.
+
+        For recovery, when the buffer's content can't be believed. No block of `ranges` is clean at
+        any moment, if the buffer came full of ones (as it does after a power cut).
+        """
+        stop = 0
+        for offset, length in ranges:
+            first, end = self._touched(offset, length)
+            self._drop(stop, first)
+            self._set(first, end)
+            stop = end
+        self._drop(stop, self._blocks)
+
     def validate(self) -> None:
         """Assert the invariants. For tests: it counts the whole bitmap."""
         assert self._mapped_count == self._mapped.count()
@@ -253,6 +263,14 @@ class DirtyBitmap:
             self._todo[first:stop] = 1
             self._todo_count += added
         return added
+
+    def _drop(self, first: int, stop: int) -> None:
+        """Clear both bits of the blocks, if there are any."""
+        if first < stop:
+            self._todo_count -= self._todo.count(1, first, stop)
+            self._mapped_count -= self._mapped.count(1, first, stop)
+            self._todo[first:stop] = 0
+            self._mapped[first:stop] = 0
 
     def _touched(self, offset: int, length: int) -> tuple[int, int]:
         """Return the blocks [first, stop) of which the range has at least one byte."""

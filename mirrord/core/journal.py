@@ -1,26 +1,25 @@
 """The journal of a job: its durable decisions, and what they say after a crash. Pure.
 
-A journal is a file of `CAPACITY_BYTES`, preallocated with zeroes before its first record, so that
-no record can fail for lack of room. It is a row of records, then zeroes:
+A journal is a file of `CAPACITY_BYTES`, filled with zeroes before its first record, so that no
+record can fail for lack of room. It is a row of records, then zeroes:
 
-    header  "mirJ" | payload length u32 | sequence u32 | kind u32 | xxh3 of payload u64
-            | xxh3 of the header before this u64                            (little endian)
+    header  "mirJ" | payload length u32 | kind, four letters | sequence u32
+            | xxh3 of the payload u64 | xxh3 of the header before this u64   (little endian)
     payload JSON, an object
     zeroes  up to a multiple of 4 KiB
 
-Two records never share a 4 KiB block: a write that a power cut tore can't harm an older record.
+Torn and damaged are different things. A torn record was never durable, so nothing was built on
+it: it is dropped. A damaged one may have been the commit point: nobody may go on. A power cut
+leaves each aligned word (8 bytes) of a write as it was or as it should be, or cuts it off at any
+byte. So a bad record is torn if a word of it is missing, still zero, and nothing valid comes after
+it: no word of a header or of JSON is zero, and no single flipped bit makes it so. Recovery makes
+the rest of a torn record zero again (`repair`) before it goes on. Damage is: a bad record that is
+all there, a valid record behind a bad one, a hole in the numbers, a journal of the wrong length,
+an order that no run can have written.
 
-What was torn and what was damaged are different things. A torn record was never durable, so
-nothing was built on it: it is dropped. A damaged one may have been the commit point: nobody may go
-on. Storage writes sectors of 512 bytes whole or not at all and a torn record is always the last;
-so a bad record counts as torn when a part of it is missing (still zero) and nothing valid comes
-after it. Recovery first makes what is left of it zero again (`repair`). A bad record that is all
-there, a valid record behind a bad one, a hole in the sequence numbers, a journal of the wrong
-length, an illegal order: all that is damage.
-
-Unknown outcome (rule R15): when the write of a record fails, keep the `Log` from before it. The
-next `append` then goes to the same place under the same number, so that whatever the storage has
-of the failed record is replaced; no gap can arise.
+Unknown outcome (rule R15): when writing a record fails, keep the `Log` from before it and either
+write the same bytes in the same place again, or zeroes of the same length; go on when one of the
+two succeeded. Another record on top of it could be torn into a mixture that looks like damage.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum
+from enum import Enum
 from typing import Any
 
 import msgspec
@@ -40,28 +39,28 @@ from mirrord.errors import DamagedError, RefusedError
 # 256 records of one block. A move writes four; each re-creation of a target adds one.
 CAPACITY_BYTES = MIB
 BLOCK_BYTES = 4 * KIB
-SECTOR_BYTES = 512  # what storage writes whole or not at all
+WORD_BYTES = 8  # what a power cut never divides, except at the end of what was written
 # A payload holds a few paths (4 KiB each at most) and a summary; 16 such records always fit.
 PAYLOAD_BYTES_MAX = 64 * KIB - 64
 # Room that PREP must leave: COMMIT, RETIRED, ABORT and DONE of the largest size.
 RESERVED_BYTES = 4 * 64 * KIB
 
 MAGIC = b"mirJ"
-_FIELDS = struct.Struct("<4sIIIQ")
+_FIELDS = struct.Struct("<4sI4sIQ")
 _HEADER_CHECK = struct.Struct("<Q")
 HEADER_BYTES = _FIELDS.size + _HEADER_CHECK.size
 
 Payload = dict[str, Any]
 
 
-class Kind(IntEnum):
-    """What a record says. The numbers are on disk and never change."""
+class Kind(Enum):
+    """What a record says. The values are on disk and never change."""
 
-    PREP = 1  # the target was created (or created again); copying starts over
-    COMMIT = 2  # the commit point: from here on the target is the truth
-    RETIRED = 3  # the source was renamed aside and will be deleted
-    DONE = 4  # nothing is left to do; the payload is the summary
-    ABORT = 5  # the move ends without a commit; the source stays
+    PREP = b"PREP"  # the target was created (or created again); copying starts over
+    COMMIT = b"COMM"  # the commit point: from here on the target is the truth
+    RETIRED = b"RETI"  # the source was renamed aside and will be deleted
+    DONE = b"DONE"  # nothing is left to do; the payload is the summary
+    ABORT = b"ABOR"  # the move ends without a commit; the source stays
 
 
 class State(Enum):
@@ -155,8 +154,8 @@ def encode(sequence: int, kind: Kind, payload: Payload) -> bytes:
             "journal-full",
             f"a {kind.name} record of {len(body)} bytes exceeds {PAYLOAD_BYTES_MAX}",
         )
-    fields = _FIELDS.pack(MAGIC, len(body), sequence, kind, xxh3(body))
-    record = fields + _HEADER_CHECK.pack(xxh3(fields)) + body
+    fields = _FIELDS.pack(MAGIC, len(body), kind.value, sequence, _check(body))
+    record = fields + _HEADER_CHECK.pack(_check(fields)) + body
     return record.ljust(round_up(len(record), BLOCK_BYTES), b"\0")
 
 
@@ -180,7 +179,8 @@ def append(log: Log, kind: Kind, payload: Payload) -> tuple[bytes, Log]:
 def repair(log: Log) -> tuple[bytes, Log]:
     """Return the zeroes to write, durably, at `log.end` of a torn log, and the log after that.
 
-    Without it a second torn write on top of the first could look like damage.
+    Without it a second torn write on top of the first could look like damage. A crash while the
+    zeroes are written leaves a torn log again.
     """
     return bytes(log.junk_bytes), Log(log.records, log.end)
 
@@ -241,11 +241,16 @@ def fold(records: Iterable[Record]) -> Outcome:
     )
 
 
+def _check(data: bytes) -> int:
+    """Return the checksum; never one that a torn write could leave, or one bit away from it."""
+    return xxh3(data) | 3
+
+
 def _payload_length(data: bytes, position: int) -> int | None:
     """Return the payload's length by an intact header at `position`, else None."""
     magic, length, _, _, _ = _FIELDS.unpack_from(data, position)
     (check,) = _HEADER_CHECK.unpack_from(data, position + _FIELDS.size)
-    if magic != MAGIC or check != xxh3(data[position : position + _FIELDS.size]):
+    if magic != MAGIC or check != _check(data[position : position + _FIELDS.size]):
         return None
     if length > PAYLOAD_BYTES_MAX or position + HEADER_BYTES + length > len(data):
         raise DamagedError(f"the record at {position} claims {length} bytes")
@@ -255,12 +260,12 @@ def _payload_length(data: bytes, position: int) -> int | None:
 def _payload_intact(data: bytes, position: int, length: int) -> bool:
     start = position + HEADER_BYTES
     _, _, _, _, check = _FIELDS.unpack_from(data, position)
-    return bool(xxh3(data[start : start + length]) == check)
+    return bool(_check(data[start : start + length]) == check)
 
 
 def _record(data: bytes, position: int, length: int, sequence: int) -> Record:
     """Return the intact record at `position`, which must be number `sequence`."""
-    _, _, stored, kind, _ = _FIELDS.unpack_from(data, position)
+    _, _, kind, stored, _ = _FIELDS.unpack_from(data, position)
     start = position + HEADER_BYTES
     stop = position + round_up(HEADER_BYTES + length, BLOCK_BYTES)
     if stored != sequence:
@@ -268,8 +273,8 @@ def _record(data: bytes, position: int, length: int, sequence: int) -> Record:
     if any(data[start + length : stop]):
         raise DamagedError(f"the record at {position} is followed by bytes that nobody wrote")
     try:
-        return Record(sequence, Kind(kind), msgspec.json.decode(data[start : start + length],
-                                                               type=Payload))  # fmt: skip
+        payload = msgspec.json.decode(data[start : start + length], type=Payload)
+        return Record(sequence, Kind(kind), payload)
     except (ValueError, msgspec.DecodeError) as error:
         raise DamagedError(f"the record at {position} can't be understood: {error}") from error
 
@@ -289,13 +294,9 @@ def _tail(data: bytes, position: int, length: int | None, records: tuple[Record,
 
 
 def _is_partial(data: bytes, position: int, length: int | None, junk: int) -> bool:
-    """Tell whether a part of the bad record is missing, as after a torn write.
-
-    A payload is JSON and has no zero byte, so zeroes in it were never written; two of them,
-    because one could be a flipped bit of a blank.
-    """
-    if length is None:  # no header: its sector is missing, or it is cut off inside the header
-        return junk < HEADER_BYTES or not any(data[position : position + SECTOR_BYTES])
-    if junk < HEADER_BYTES + length:
+    """Tell whether a part of the bad record is missing, as after a torn write."""
+    stop = position + HEADER_BYTES + (length or 0)
+    if position + junk < stop:
         return True
-    return b"\0\0" in data[position + HEADER_BYTES : position + HEADER_BYTES + length]
+    words = range(position, stop, WORD_BYTES)
+    return any(not any(data[word : min(word + WORD_BYTES, stop)]) for word in words)
