@@ -116,6 +116,7 @@ class WriteTracker:
         self._give_up = give_up
         self._charge = charge
         self._mirror: Mirror | None = None
+        self._flushing = asyncio.Lock()
         self._in_flight: dict[int, tuple[int, int]] = {}
         self._next_token = 0
         self._unflushed: set[int] = set()  # regions written at the target since its last good flush
@@ -125,7 +126,6 @@ class WriteTracker:
 
     async def mutate(self, mutation: Mutation) -> None:
         """Carry a mutation out, on both sides while mirroring."""
-        self.digests.forget(mutation.offset, mutation.length)
         self._hot[0].update(self.regions(mutation.offset, mutation.length))
         mirror = self._mirror
         if mirror is None:
@@ -175,30 +175,52 @@ class WriteTracker:
         unit = self._settings.region_bytes
         return range(offset // unit, (offset + length - 1) // unit + 1)
 
+    @property
+    def unflushed_bytes(self) -> int:
+        """About how much a flush of the target would have to do: whole regions."""
+        return len(self._unflushed) * self._settings.region_bytes
+
     def target_wrote(self, offset: int, length: int) -> None:
         """Remember that a write to the target ended, and isn't durable yet."""
         self._unflushed.update(self.regions(offset, length))
+
+    async def flush_target(self) -> None:
+        """Make what was written to the target durable.
+
+        A failed flush makes everything written since the last good one dirty again, ends
+        mirroring (R9), and is raised as TargetError. One flush at a time: an error is reported
+        once, and must not be taken for the success of another.
+        """
+        async with self._flushing:
+            covered, self._unflushed = self._unflushed, set()
+            try:
+                await self.target.flush()
+            except OSError as error:
+                self._unflushed |= covered
+                self.distrust_target()
+                raise TargetError(error, "flush of the target failed") from error
+            except BaseException:
+                self._unflushed |= covered
+                raise
 
     async def checkpoint(self) -> None:
         """Flush the target, then clear the marks of regions that were equal before the flush.
 
         A region is cleared only if no block of it is marked, nothing was written to it at the
-        target since the flush began, and no guest wrote to it lately (R2). A failed flush makes
-        everything written since the last good one dirty again (R9) and is raised.
+        target since the flush began, and no guest wrote to it lately (R2). Raises TargetError
+        as `flush_target` does, and `OSError` when the map can't be written.
         """
-        equal = [r for r in self.intents.map.marked_regions() if not self._dirty(r)]
-        covered, self._unflushed = self._unflushed, set()
-        try:
-            await self.target.flush()
-        except OSError as error:
-            self._unflushed |= covered
-            self.distrust_target()
-            raise TargetError(error, "flush of the target failed") from error
+        equal = self._clearable()
+        await self.flush_target()
         # no await below until the regions are cleared in memory
         hot = set[int]().union(*self._hot)
         self._hot.appendleft(set())
         still = (r for r in equal if r not in self._unflushed and r not in hot)
         await self.intents.clear([r for r in still if not self._dirty(r)])
+
+    def _clearable(self) -> list[int]:
+        """Return the marked regions in which both sides are equal now, by the bitmap."""
+        return [r for r in self.intents.map.marked_regions() if not self._dirty(r)]
 
     def distrust_target(self) -> None:
         """Mark everything that the target has not confirmed as durable (R9, R13)."""
@@ -208,7 +230,6 @@ class WriteTracker:
         for region in self._unflushed:
             start = region * unit
             self.bitmap.mark(start, min(unit, self.source.size - start))
-            self.digests.forget(start, min(unit, self.source.size - start))
         self._unflushed.clear()
 
     # Inside
@@ -246,7 +267,10 @@ class WriteTracker:
         ticket = await self.locks.acquire(start, start + length)
         leg: asyncio.Task[OSError | None] | None = None
         try:
-            # The world may have changed while we waited.
+            # The world may have changed while we waited. A digest is forgotten under the lock,
+            # so that a comparison under way can't call the chunk verified after this write. (An
+            # unmirrored write needs none of this: its blocks are copied again.)
+            self.digests.forget(start, length)
             was_clean = mirror.settled and self.bitmap.clean(start, length)
             if self._mirror is mirror and was_clean:
                 self.bitmap.hold(start, length)

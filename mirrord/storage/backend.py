@@ -189,6 +189,13 @@ class Place(ABC):
         this job created. Idempotent, durable. A block device is only released."""
 
     @abstractmethod
+    async def confirm(self, job_id: str, identity: Identity) -> str | None:
+        """Look once more, by a fresh look-up of the final name, before the source is deleted.
+
+        Return None when the name leads to the object of `identity`, of that size and readable,
+        else what is wrong. Never raises for those."""
+
+    @abstractmethod
     async def retire(self, job_id: str, identity: Identity, *, wipe: bool = False) -> str | None:
         """First half of deleting a source: rename it aside, after every check. Durable.
 

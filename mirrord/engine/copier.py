@@ -1,0 +1,302 @@
+"""The copier: walks over the dirty bitmap and makes the target equal, chunk by chunk.
+
+One walker takes pieces, in order, and starts a worker for each; the window bounds the bytes in
+flight. A piece never crosses a chunk's boundary, so a worker that copied a whole chunk knows its
+digest. Workers belong to the job's task group, not to the walker: a pass that is interrupted
+leaves its workers to finish, and they hold their locks until they have.
+
+A worker, and why nothing is lost at any of its awaits: it holds the range lock, so no mirrored
+write is under way in the range; an unmirrored one may be, and marks its blocks again when it
+ends, or stands in `in_flight` when the worker looks. The mapped bits are dropped in one stretch
+without an await after the target's last write has ended, if the target is still trusted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from errno import EDQUOT, EFBIG, ENOSPC
+
+from xxhash import xxh3_64
+
+from mirrord.core.geometry import Extent, Status, merge, round_down, split
+from mirrord.core.pacing import TokenBucket, Window
+from mirrord.engine.settings import EngineSettings
+from mirrord.engine.tracking import WriteTracker
+from mirrord.errors import SourceError, TargetError
+from mirrord.storage.backend import Buffer
+
+NO_SPACE = frozenset({ENOSPC, EDQUOT, EFBIG})
+
+
+class Copier:
+    """Copies what the bitmap says.
+
+    `in_process` sends every byte through this process, which digests need; otherwise the
+    backends are asked to copy by themselves first (reflink, copy_file_range).
+    """
+
+    def __init__(
+        self,
+        tracker: WriteTracker,
+        settings: EngineSettings,
+        window: Window,
+        bucket: TokenBucket,
+        tasks: asyncio.TaskGroup,
+        *,
+        in_process: bool,
+        report: Callable[[SourceError | TargetError], None],
+    ) -> None:
+        self.copied_bytes = 0  # everything made equal, zeroes and recopies included
+        self.moved_bytes = 0  # of that, data that was written; the rest was zeroes
+        self.last_completion_s = 0.0
+        self._tracker = tracker
+        self._settings = settings
+        self._window = window
+        self._bucket = bucket
+        self._tasks = tasks
+        self._in_process = in_process
+        self._report = report
+        self._zeroes = bytes(settings.zero_bytes)
+        self._workers: dict[asyncio.Task[None], int] = {}
+        self._stopped = True
+        self._changed = asyncio.Event()  # a worker ended, the limit changed, or stop
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes taken by workers that have not ended."""
+        return sum(self._workers.values())
+
+    def stop(self) -> None:
+        """Start no more workers; those that run go on."""
+        self._stopped = True
+        self._changed.set()
+
+    def wake(self) -> None:
+        """Look at the limit again: it was changed."""
+        self._changed.set()
+
+    def abandon(self) -> None:
+        """Cancel the workers: the target is given up and will be discarded."""
+        self.stop()
+        for worker in self._workers:
+            worker.cancel()
+
+    async def try_one(self) -> bool:
+        """Copy one piece, to see whether the target works again; True when nothing went wrong.
+
+        With nothing to copy the target is only flushed. Raises SourceError and TargetError.
+        """
+        bitmap = self._tracker.bitmap
+        piece = bitmap.take(0, bitmap.granularity)
+        if piece is None:
+            await self._tracker.flush_target()
+            return True
+        copied_before = self.copied_bytes
+        await self._work(*piece, quiet=False)
+        return self.copied_bytes > copied_before
+
+    async def walk(self) -> bool:
+        """Make one pass over the bitmap; True when it came to the end with every worker ended.
+
+        False when `stop` was called, or a worker reported trouble, which stops the walk too.
+        """
+        self._stopped = False
+        cursor = 0
+        bitmap = self._tracker.bitmap
+        while not self._stopped:
+            piece = bitmap.take(cursor, self._settings.chunk_bytes)
+            if piece is None:
+                break
+            offset, length = self._cut(*piece)
+            cursor = offset + length
+            try:
+                admitted = await self._admit(length)
+            except asyncio.CancelledError:
+                bitmap.put_back(offset, length)
+                raise
+            if not admitted:
+                bitmap.put_back(offset, length)
+                break
+            self._start(offset, length)
+        await self.drained()
+        return not self._stopped
+
+    async def drained(self) -> None:
+        """Return once no worker is left."""
+        while self._workers:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _cut(self, offset: int, length: int) -> tuple[int, int]:
+        """Keep what lies before the next chunk's boundary, put the rest back."""
+        chunk_bytes = self._settings.chunk_bytes
+        stop = min(offset + length, round_down(offset, chunk_bytes) + chunk_bytes)
+        if stop < offset + length:
+            self._tracker.bitmap.put_back(stop, offset + length - stop)
+        return offset, stop - offset
+
+    async def _admit(self, length: int) -> bool:
+        """Wait for a place in the window and for the limit; False when stopped meanwhile."""
+        loop = asyncio.get_running_loop()
+        while not self._stopped:
+            self._changed.clear()
+            busy = self.in_flight_bytes
+            if busy and busy + length > self._window.bytes:
+                await self._changed.wait()
+                continue
+            delay_s = self._bucket.delay(length, loop.time())
+            if delay_s <= 0:
+                self._bucket.charge(length, loop.time())
+                return True
+            timer = loop.call_later(delay_s, self._changed.set)
+            try:
+                await self._changed.wait()
+            finally:
+                timer.cancel()
+        return False
+
+    def _start(self, offset: int, length: int) -> None:
+        worker = self._tasks.create_task(self._work(offset, length))
+        self._workers[worker] = length
+        worker.add_done_callback(self._ended)
+
+    def _ended(self, worker: asyncio.Task[None]) -> None:
+        del self._workers[worker]
+        self._changed.set()
+
+    async def _work(self, offset: int, length: int, *, quiet: bool = True) -> None:
+        tracker = self._tracker
+        bitmap = tracker.bitmap
+        loop = asyncio.get_running_loop()
+        equal = False
+        ticket = None
+        try:
+            ticket = await tracker.locks.acquire(*self._locked(offset, length))
+            generation = tracker.generation
+            started_s = loop.time()
+            digest = await self._copy(offset, length)
+            # no await below: what is decided here is what a kill finds
+            tracker.target_wrote(offset, length)
+            self.last_completion_s = loop.time()
+            self._window.completed(length, loop.time() - started_s, loop.time())
+            if tracker.generation == generation:
+                bitmap.copied(offset, length, tracker.in_flight())
+                equal = True
+                self.copied_bytes += length
+                self._remember(offset, length, digest)
+        except (SourceError, TargetError) as error:
+            if not quiet:
+                raise
+            self.stop()
+            self._report(error)
+        finally:
+            if not equal:
+                bitmap.put_back(offset, length)
+            if ticket is not None:
+                tracker.locks.release(ticket)
+
+    def _locked(self, offset: int, length: int) -> tuple[int, int]:
+        unit = self._tracker.bitmap.granularity
+        return offset, offset + max(length, unit)
+
+    def _remember(self, offset: int, length: int, digest: int | None) -> None:
+        digests = self._tracker.digests
+        index = offset // digests.chunk_bytes
+        digests.forget(offset, length)
+        if (
+            digest is not None
+            and (offset, length) == digests.range_of(index)
+            and self._tracker.bitmap.clean(offset, length)
+        ):
+            digests.set(index, digest)
+
+    async def _copy(self, offset: int, length: int) -> int | None:
+        """Make the range equal; return its digest if every byte passed through here."""
+        source = self._tracker.source
+        extents = await self._extents(offset, length)
+        if not self._in_process and await self._copied_below(extents):
+            return None
+        hasher = xxh3_64()
+        for extent in extents:
+            if extent.status is Status.DATA:
+                try:
+                    data = await source.read(extent.offset, extent.length)
+                except OSError as error:
+                    raise SourceError(error, "read of the source failed", extent.offset) from error
+                hasher.update(data)
+                await self._write(extent.offset, data)
+            else:
+                await self._write_zeroes(extent.offset, extent.length)
+                for _, part in split(0, extent.length, len(self._zeroes)):
+                    hasher.update(memoryview(self._zeroes)[:part])
+        return hasher.intdigest()
+
+    async def _copied_below(self, extents: list[Extent]) -> bool:
+        """Have the backends copy; False when one of the extents could not be copied so."""
+        for extent in extents:
+            if extent.status is not Status.DATA:
+                await self._write_zeroes(extent.offset, extent.length)
+                continue
+            try:
+                done = await self._tracker.target.copy_from(
+                    self._tracker.source, extent.offset, extent.length
+                )
+            except OSError as error:
+                # Which side failed can't be told from here: reading the source will tell.
+                if error.errno in NO_SPACE:
+                    raise TargetError(error, "copy to the target failed", extent.offset) from error
+                done = False
+            if not done:
+                self._in_process = True  # not here, so nowhere: ask no more
+                return False
+        return True
+
+    async def _extents(self, offset: int, length: int) -> list[Extent]:
+        """Return the source's extents of the whole range, clipped to it."""
+        found: list[Extent] = []
+        end = offset + length
+        while offset < end:
+            try:
+                extents = await self._tracker.source.extents(offset, end - offset)
+            except OSError as error:
+                raise SourceError(error, "extents of the source failed", offset) from error
+            for extent in extents:
+                stop = min(extent.end, end)
+                found.append(Extent(extent.offset, stop - extent.offset, extent.status))
+                offset = stop
+        return merge(found)
+
+    async def _write(self, offset: int, data: Buffer) -> None:
+        """Write the data, but its zeroes as zeroes, so that sparse stays sparse."""
+        view = memoryview(data)
+        for start, length, is_zero in self._runs(view):
+            if is_zero:
+                await self._write_zeroes(offset + start, length)
+            else:
+                try:
+                    await self._tracker.target.write(offset + start, view[start : start + length])
+                except OSError as error:
+                    raise TargetError(error, "write to the target failed", offset) from error
+                self.moved_bytes += length
+
+    def _runs(self, view: memoryview) -> list[tuple[int, int, bool]]:
+        """Cut data into runs of (start, length, is all zeroes), in units of `zero_bytes`."""
+        runs: list[tuple[int, int, bool]] = []
+        for start, length in split(0, len(view), len(self._zeroes)):
+            # One byte first: most data is told from zeroes by it alone. `bytes` compares by
+            # memcmp, a view byte by byte.
+            is_zero = view[start] == 0 and bytes(view[start : start + length]) == (
+                self._zeroes if length == len(self._zeroes) else bytes(length)
+            )
+            if runs and runs[-1][2] == is_zero:
+                runs[-1] = (runs[-1][0], runs[-1][1] + length, is_zero)
+            else:
+                runs.append((start, length, is_zero))
+        return runs
+
+    async def _write_zeroes(self, offset: int, length: int) -> None:
+        try:
+            await self._tracker.target.write_zeroes(offset, length)
+        except OSError as error:
+            raise TargetError(error, "zeroing of the target failed", offset) from error

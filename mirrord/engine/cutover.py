@@ -1,0 +1,126 @@
+"""The cutover: the one durable step after which the target is the truth.
+
+    prepare   flush the target, clear marks, publish the final name   may fail, may take long
+    gate      new mutations wait, reads go on
+    drain     every mutation in flight ends
+    check     nothing dirty, still mirroring, nobody wants to leave
+    flush     the target: everything the guest was ever promised is durable there
+    COMMIT    one durable record
+    pivot     the door points at the target; the gate opens
+
+Crash points: before COMMIT is durable the source is the truth and both sides are equal or the
+bitmap knows better (rows C7, C8, C9); after it the target is (C10). From the append of COMMIT to
+the pivot no guest write is admitted, so no target-only write exists before COMMIT is durable (R7).
+
+When the outcome of the append is unknown (R15) the gate opens in strict mirroring: each write
+reaches both sides or fails, a flush makes both durable, and so either record on storage is true.
+Only a durable ABORT ends that; the target-only gate is never opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from mirrord.core.journal import Kind, Payload
+from mirrord.core.migration import Event
+from mirrord.engine.disk import Disk
+from mirrord.engine.ledger import Ledger
+from mirrord.engine.settings import EngineSettings
+from mirrord.engine.tracking import WriteTracker
+from mirrord.errors import TargetError
+from mirrord.storage.backend import Backend, Place
+
+Outcome = tuple[Event, str]
+
+
+class Cutover:
+    """One attempt. `committing` is True while nobody may interrupt it."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        tracker: WriteTracker,
+        ledger: Ledger,
+        place: Place,
+        job_id: str,
+        settings: EngineSettings,
+    ) -> None:
+        self.committing = False
+        self.former: Backend | None = None  # the source, once pivoted
+        self.pause_s: float | None = None
+        self._disk = disk
+        self._tracker = tracker
+        self._ledger = ledger
+        self._place = place
+        self._job_id = job_id
+        self._settings = settings
+
+    async def run(self, payload: Payload, wants_to_leave: Callable[[], bool]) -> Outcome:
+        """Cut over, and say what came of it: committed, gate timed out, or aborted.
+
+        Raises TargetError when the target fails before the commit; the gate is open again then.
+        Cancelling is safe as long as `committing` is False.
+        """
+        refused = await self._prepare()
+        if refused is not None:
+            return refused
+        loop = asyncio.get_running_loop()
+        self._disk.close_gate()
+        closed_s = loop.time()
+        try:
+            missed = await self._quiesce()
+            if missed is None and wants_to_leave():
+                missed = "the operator asked for something else"
+            if missed is not None:
+                return Event.GATE_TIMED_OUT, missed
+            self.committing = True  # no await since the last check
+            try:
+                await self._ledger.append(Kind.COMMIT, payload)
+            except OSError as error:
+                return await self._unknown(error)
+            self.former = self._disk.pivot(self._tracker.target)
+        finally:
+            self.pause_s = loop.time() - closed_s
+            self._disk.open_gate()
+        return Event.COMMITTED, f"the guest waited at most {self.pause_s * 1000:.1f} ms"
+
+    async def _prepare(self) -> Outcome | None:
+        """Do everything that can fail or wait, so that the gate is closed for almost nothing."""
+        await self._tracker.checkpoint()
+        try:
+            await self._place.publish(self._job_id)
+        except FileExistsError:
+            return Event.ABORTED, f"something else took the target's name: {self._place.location}"
+        except OSError as error:
+            raise TargetError(error, "giving the target its name failed") from error
+        return None
+
+    async def _quiesce(self) -> str | None:
+        """Drain, check and flush behind the closed gate; return why it didn't work out."""
+        limit_s = self._settings.gate_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._disk.settle()
+                if self._tracker.bitmap.dirty() or not self._tracker.mirroring:
+                    return "a write was not mirrored"
+                await self._tracker.flush_target()
+        except TimeoutError:
+            return f"writes in flight did not end within {limit_s:g} s"
+        return None
+
+    async def _unknown(self, error: OSError) -> Outcome:
+        """Keep both sides equal until it is durably known that this move did not happen."""
+        self._tracker.strict = True
+        self._disk.open_gate()
+        delay_s = self._settings.retry_first_s
+        reason = f"the commit record could not be made durable ({error})"
+        while True:
+            try:
+                await self._ledger.append(Kind.ABORT, {"reason": reason, "unknown_commit": True})
+            except OSError:
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, self._settings.retry_max_s)
+            else:
+                self._tracker.strict = False
+                return Event.ABORTED, reason
