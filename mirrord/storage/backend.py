@@ -51,6 +51,7 @@ class Identity:
     device: int  # st_dev of a file, st_rdev of a block device
     inode: int  # 0 for a block device
     size: int  # bytes
+    born_ns: int = 0  # when a file was made, 0 if unknown: inode numbers are used again
 
     def same_object(self, other: Identity) -> bool:
         """Tell whether both are one object, by numbers that hold within one boot."""
@@ -65,6 +66,7 @@ class Backend(ABC):
     """
 
     size: int
+    name: str = ""  # what a directory as target calls it, empty when it has no name
     capabilities: Capabilities
     identity: Identity
 

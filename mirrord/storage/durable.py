@@ -33,8 +33,11 @@ RESOLVE_BENEATH = 0x08
 # The numbers below 400 differ between the two machines; later ones are common to all.
 SYS_OPENAT2 = 437
 SYS_RENAMEAT2 = {"x86_64": 316, "aarch64": 276}
+SYS_STATX = {"x86_64": 332, "aarch64": 291}
 
 _RENAME_NOREPLACE = 1
+_AT_EMPTY_PATH = 0x1000
+_STATX_BTIME = 0x800
 _TMPFS_MAGIC = 0x01021994
 _RAMFS_MAGIC = 0x858458F6
 
@@ -63,6 +66,10 @@ _renameat2 = _function(
 _openat2 = _function(
     "syscall", ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t
 )
+_statx = _function(
+    "syscall", *(ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint),
+    ctypes.c_void_p,
+)  # fmt: skip
 _fallocate = _function(
     "fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong
 )
@@ -185,6 +192,23 @@ def preallocate(descriptor: int, length: int) -> None:
 def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2) with its modes. Not durable before a sync."""
     check(_fallocate(descriptor, mode, offset, length))
+
+
+def birth_ns(descriptor: int) -> int:
+    """Return when the file was made, in nanoseconds, or 0 where its file system doesn't say.
+
+    Inode numbers are used again at once; together with this they tell a file from its successor.
+    """
+    number = SYS_STATX.get(platform.machine())
+    if number is None:
+        return 0
+    result = ctypes.create_string_buffer(256)  # struct statx
+    check(_statx(number, descriptor, b"", _AT_EMPTY_PATH, _STATX_BTIME, result))
+    (mask,) = struct.unpack_from("=I", result.raw, 0)
+    if not mask & _STATX_BTIME:
+        return 0
+    seconds, nanoseconds = struct.unpack_from("=qI", result.raw, 80)
+    return int(seconds * 1_000_000_000 + nanoseconds)
 
 
 def is_volatile(descriptor: int) -> bool:
