@@ -1,0 +1,77 @@
+"""What a frontend needs of a disk. `engine.disk.Disk` is the real one; tests bring their own.
+
+Frontends check a request before it gets here: its range lies inside the disk and isn't empty.
+A failure is an `OSError` with an errno, and nothing else.
+
+A frontend starts each of these coroutines by hand, outside any task, and only makes a task of one
+that has to wait: so before its first `await` that waits, none may use `asyncio.current_task` or
+`asyncio.timeout`. Once started, one runs to its end, whether or not its client is still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Generator, Sequence
+from types import coroutine
+from typing import Any, Protocol, TypeVar
+
+from mirrord.core.geometry import Extent
+
+Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
+
+
+class Door(Protocol):
+    """The one way of a guest's request into a disk."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def read_only(self) -> bool: ...
+
+    def read(self, offset: int, length: int) -> Coroutine[Any, Any, Buffer]:
+        """Return exactly `length` bytes that never change afterwards."""
+
+    def write(self, offset: int, data: Buffer, *, fua: bool = False) -> Coroutine[Any, Any, None]:
+        """Write `data`, which doesn't change before this returns; durable then with `fua`."""
+
+    def write_zeroes(
+        self, offset: int, length: int, *, fua: bool = False, punch: bool = True, fast: bool = False
+    ) -> Coroutine[Any, Any, None]:
+        """Make the range read as zeroes; ENOTSUP at once with `fast` where writing is as fast."""
+
+    def trim(self, offset: int, length: int, *, fua: bool = False) -> Coroutine[Any, Any, None]:
+        """Give the range's storage back."""
+
+    def flush(self) -> Coroutine[Any, Any, None]:
+        """Make every write that completed before this call durable."""
+
+    def cache(self, offset: int, length: int) -> Coroutine[Any, Any, None]:
+        """Hint: the range will be read soon."""
+
+    def extents(self, offset: int, length: int) -> Coroutine[Any, Any, Sequence[Extent]]:
+        """Return extents (DATA, ZERO, HOLE) from `offset` on; they may stop early."""
+
+    def dirty_extents(self, offset: int, length: int) -> Sequence[Extent]:
+        """Return extents (DIRTY, CLEAN) from `offset` on; they may stop early."""
+
+
+@coroutine
+def carry_on(work: Coroutine[Any, Any, T], waits_for: Any) -> Generator[Any, Any, T]:
+    """Await the rest of `work`, whose first step was taken by hand and yielded `waits_for`.
+
+    That future is yielded again, now to the task that awaits this; from then on everything is
+    passed on, a cancellation too, as `await work` would have done.
+    """
+    while True:
+        thrown: BaseException | None = None
+        try:
+            yield waits_for
+        except BaseException as error:
+            thrown = error
+        try:
+            waits_for = work.send(None) if thrown is None else work.throw(thrown)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
