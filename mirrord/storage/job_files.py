@@ -3,7 +3,7 @@
     lock    flock: one process has the job open
     log     the journal (`core/journal.py`), full of zeroes before its first record
     map     the intent map, written through
-    dirty   a page that says which boot and disk it belongs to, then the dirty bitmap, mapped
+    dirty   a page that says which boot and disk it belongs to, then memory for the dirty bitmap
 
 `log` and `map` get their names only once they are complete and durable, so one that is there but
 has the wrong length was damaged. `dirty` is never made durable on purpose: a power cut changes the
@@ -88,24 +88,31 @@ class JobFiles(JobStore):
         directory: Path,
         size_bytes: int,
         boot_id: str,
+        *,
+        dirty_bytes: int | None = None,
         region_bytes: int = REGION_BYTES,
     ) -> JobFiles:
         """Open the files of the job whose directory (which exists) is named by its id.
 
-        `size_bytes` is the disk's. Raises: RefusedError (`in-use`) when another process has them.
+        `size_bytes` is the disk's; `dirty_bytes` the length of `dirty`, if that is more than the
+        bitmap. Raises: RefusedError (`in-use`) when another process has them.
         """
         map_bytes = map_bytes_for(size_bytes, region_bytes)
+        dirty_bytes = dirty_bytes or bitmap_bytes_for(size_bytes)
+        header = _header(boot_id, size_bytes)
         opening = asyncio.ensure_future(
-            asyncio.to_thread(cls._open, directory, size_bytes, boot_id, map_bytes)
+            asyncio.to_thread(cls._open, directory, header, dirty_bytes, map_bytes)
         )
         try:
-            return await asyncio.shield(opening)
+            files = await asyncio.shield(opening)
         except asyncio.CancelledError:
             opening.add_done_callback(_discard)  # or the lock would stay with nobody
             raise
+        files.same_boot = files.same_boot and boot_id != ""
+        return files
 
     @classmethod
-    def _open(cls, path: Path, size_bytes: int, boot_id: str, map_bytes: int) -> JobFiles:
+    def _open(cls, path: Path, header: bytes, dirty_bytes: int, map_bytes: int) -> JobFiles:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         opened = [directory]
         try:
@@ -113,14 +120,13 @@ class JobFiles(JobStore):
             opened.append(lock)
             if not durable.try_flock(lock):
                 raise RefusedError("in-use", f"another process has job {path.name} open")
-            header = _header(boot_id, size_bytes)
-            dirty, same_boot = _map_dirty(directory, header, bitmap_bytes_for(size_bytes))
+            dirty, same_boot = _map_dirty(directory, header, dirty_bytes)
         except BaseException:
             for descriptor in opened:
                 os.close(descriptor)
             raise
         files = cls(path.name, directory, lock, dirty, map_bytes)
-        files.same_boot = same_boot and boot_id != ""
+        files.same_boot = same_boot
         return files
 
     async def create(self, map_bytes: bytes) -> None:
@@ -240,9 +246,9 @@ def _header(boot_id: str, size_bytes: int) -> bytes:
     return (told + b"\n" + xxh3_64_digest(told)).ljust(HEADER_BYTES, b"\0")
 
 
-def _map_dirty(directory: int, header: bytes, bitmap_bytes: int) -> tuple[mmap.mmap, bool]:
+def _map_dirty(directory: int, header: bytes, dirty_bytes: int) -> tuple[mmap.mmap, bool]:
     """Map `dirty`, and tell whether it is believed: of this boot, this disk, and whole."""
-    length = HEADER_BYTES + bitmap_bytes
+    length = HEADER_BYTES + dirty_bytes
     descriptor = _open_at(directory, "dirty", os.O_RDWR | os.O_CREAT)
     try:
         if os.fstat(descriptor).st_size == length:
@@ -257,6 +263,6 @@ def _map_dirty(directory: int, header: bytes, bitmap_bytes: int) -> tuple[mmap.m
     finally:
         os.close(descriptor)
     mapped[:HEADER_BYTES] = bytes(HEADER_BYTES)
-    mapped[HEADER_BYTES:] = b"\xff" * bitmap_bytes
+    mapped[HEADER_BYTES:] = b"\xff" * dirty_bytes
     mapped[:HEADER_BYTES] = header
     return mapped, False

@@ -261,6 +261,18 @@ async def test_the_dirty_map_of_another_size_is_not_believed(directory: Path) ->
         await files.close()
 
 
+async def test_there_may_be_more_behind_the_bitmap(directory: Path) -> None:
+    length = bitmap_bytes_for(SIZE) + 24
+    files = await JobFiles.open(directory, SIZE, "boot", dirty_bytes=length)
+    assert len(files.dirty) == length
+    files.dirty[-1] = 7
+    await files.close()
+    again = await JobFiles.open(directory, SIZE, "boot", dirty_bytes=length)
+    assert again.same_boot
+    assert again.dirty[-1] == 7
+    await again.close()
+
+
 @pytest.mark.parametrize("position", [0, 20, 60])
 async def test_a_damaged_header_is_not_believed(
     files: JobFiles, directory: Path, position: int
