@@ -61,6 +61,7 @@ class Kind(Enum):
     RETIRED = b"RETI"  # the source was renamed aside and will be deleted
     DONE = b"DONE"  # nothing is left to do; the payload is the summary
     ABORT = b"ABOR"  # the move ends without a commit; the source stays
+    SET = b"SETT"  # the operator changed something (paused, limit, mode); the last one counts
 
 
 class State(Enum):
@@ -87,6 +88,7 @@ LEGAL: dict[State, dict[Kind, State]] = {
     State.EMPTY: {Kind.PREP: State.PREPARED},
     State.PREPARED: {
         Kind.PREP: State.PREPARED,
+        Kind.SET: State.PREPARED,
         Kind.COMMIT: State.COMMITTED,
         Kind.ABORT: State.ABORTED,
     },
@@ -136,6 +138,7 @@ class Outcome:
     retired: Payload | None = None
     abort: Payload | None = None
     done: Payload | None = None
+    settings: Payload = field(default_factory=dict)  # of the last SET
     story: tuple[Kind, ...] = field(default=())
 
     @property
@@ -170,7 +173,7 @@ def append(log: Log, kind: Kind, payload: Payload) -> tuple[bytes, Log]:
     if log.torn:
         raise ValueError("a torn journal must be repaired first")
     data = encode(record.sequence, kind, payload)
-    reserved = RESERVED_BYTES if kind is Kind.PREP else 0
+    reserved = RESERVED_BYTES if kind in (Kind.PREP, Kind.SET) else 0
     if log.end + len(data) + reserved > CAPACITY_BYTES:
         raise RefusedError("journal-full", "the job's journal has no room for another start")
     return data, Log((*log.records, record), log.end + len(data))
@@ -237,6 +240,7 @@ def fold(records: Iterable[Record]) -> Outcome:
         retired=payloads.get(Kind.RETIRED),
         abort=payloads.get(Kind.ABORT),
         done=payloads.get(Kind.DONE),
+        settings=payloads.get(Kind.SET, {}),
         story=tuple(story),
     )
 

@@ -14,8 +14,9 @@ without an await after the target's last write has ended, if the target is still
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from errno import EDQUOT, EFBIG, ENOSPC
+from typing import Any
 
 from xxhash import xxh3_64
 
@@ -23,7 +24,7 @@ from mirrord.core.geometry import Extent, Status, merge, round_down, split
 from mirrord.core.pacing import TokenBucket, Window
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.tracking import WriteTracker
-from mirrord.errors import SourceError, TargetError
+from mirrord.errors import SideError, SourceError, TargetError
 from mirrord.storage.backend import Buffer
 
 NO_SPACE = frozenset({ENOSPC, EDQUOT, EFBIG})
@@ -45,11 +46,10 @@ class Copier:
         tasks: asyncio.TaskGroup,
         *,
         in_process: bool,
-        report: Callable[[SourceError | TargetError], None],
+        report: Callable[[SideError], None],
     ) -> None:
         self.copied_bytes = 0  # everything made equal, zeroes and recopies included
         self.moved_bytes = 0  # of that, data that was written; the rest was zeroes
-        self.last_completion_s = 0.0
         self._tracker = tracker
         self._settings = settings
         self._window = window
@@ -58,7 +58,10 @@ class Copier:
         self._in_process = in_process
         self._report = report
         self._zeroes = bytes(settings.zero_bytes)
+        self.trouble: SideError | None = None  # the last one that a worker met
         self._workers: dict[asyncio.Task[None], int] = {}
+        self._asked_s: dict[int, float] = {}
+        self._questions = 0
         self._stopped = True
         self._changed = asyncio.Event()  # a worker ended, the limit changed, or stop
 
@@ -82,19 +85,25 @@ class Copier:
         for worker in self._workers:
             worker.cancel()
 
-    async def try_one(self) -> bool:
-        """Copy one piece, to see whether the target works again; True when nothing went wrong.
+    @property
+    def target_busy_since_s(self) -> float | None:
+        """When the oldest request to the target that has no answer yet was sent."""
+        return min(self._asked_s.values(), default=None)
 
-        With nothing to copy the target is only flushed. Raises SourceError and TargetError.
+    async def try_one(self) -> None:
+        """Copy one piece, to see whether the target works again; raise the trouble if not.
+
+        The worker is one like the others: cancelling this leaves it to end by itself.
         """
         bitmap = self._tracker.bitmap
         piece = bitmap.take(0, bitmap.granularity)
         if piece is None:
-            await self._tracker.flush_target()
-            return True
-        copied_before = self.copied_bytes
-        await self._work(*piece, quiet=False)
-        return self.copied_bytes > copied_before
+            return
+        self.trouble = None
+        worker = self._start(*piece)
+        await asyncio.wait((worker,))
+        if self.trouble is not None:
+            raise self.trouble
 
     async def walk(self) -> bool:
         """Make one pass over the bitmap; True when it came to the end with every worker ended.
@@ -145,7 +154,7 @@ class Copier:
             if busy and busy + length > self._window.bytes:
                 await self._changed.wait()
                 continue
-            delay_s = self._bucket.delay(length, loop.time())
+            delay_s = self._bucket.delay_s(length, loop.time())
             if delay_s <= 0:
                 self._bucket.charge(length, loop.time())
                 return True
@@ -156,16 +165,17 @@ class Copier:
                 timer.cancel()
         return False
 
-    def _start(self, offset: int, length: int) -> None:
+    def _start(self, offset: int, length: int) -> asyncio.Task[None]:
         worker = self._tasks.create_task(self._work(offset, length))
         self._workers[worker] = length
         worker.add_done_callback(self._ended)
+        return worker
 
     def _ended(self, worker: asyncio.Task[None]) -> None:
         del self._workers[worker]
         self._changed.set()
 
-    async def _work(self, offset: int, length: int, *, quiet: bool = True) -> None:
+    async def _work(self, offset: int, length: int) -> None:
         tracker = self._tracker
         bitmap = tracker.bitmap
         loop = asyncio.get_running_loop()
@@ -178,7 +188,6 @@ class Copier:
             digest = await self._copy(offset, length)
             # no await below: what is decided here is what a kill finds
             tracker.target_wrote(offset, length)
-            self.last_completion_s = loop.time()
             self._window.completed(length, loop.time() - started_s, loop.time())
             if tracker.generation == generation:
                 bitmap.copied(offset, length, tracker.in_flight())
@@ -186,8 +195,7 @@ class Copier:
                 self.copied_bytes += length
                 self._remember(offset, length, digest)
         except (SourceError, TargetError) as error:
-            if not quiet:
-                raise
+            self.trouble = error
             self.stop()
             self._report(error)
         finally:
@@ -275,7 +283,9 @@ class Copier:
                 await self._write_zeroes(offset + start, length)
             else:
                 try:
-                    await self._tracker.target.write(offset + start, view[start : start + length])
+                    await self._asked(
+                        self._tracker.target.write(offset + start, view[start : start + length])
+                    )
                 except OSError as error:
                     raise TargetError(error, "write to the target failed", offset) from error
                 self.moved_bytes += length
@@ -297,6 +307,16 @@ class Copier:
 
     async def _write_zeroes(self, offset: int, length: int) -> None:
         try:
-            await self._tracker.target.write_zeroes(offset, length)
+            await self._asked(self._tracker.target.write_zeroes(offset, length))
         except OSError as error:
             raise TargetError(error, "zeroing of the target failed", offset) from error
+
+    async def _asked(self, request: Coroutine[Any, Any, None]) -> None:
+        """Await a request to the target, and have it known meanwhile since when."""
+        self._questions += 1
+        question = self._questions
+        self._asked_s[question] = asyncio.get_running_loop().time()
+        try:
+            await request
+        finally:
+            del self._asked_s[question]

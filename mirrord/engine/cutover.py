@@ -68,6 +68,7 @@ class Cutover:
         loop = asyncio.get_running_loop()
         self._disk.close_gate()
         closed_s = loop.time()
+        unknown: OSError | None = None
         try:
             missed = await self._quiesce()
             if missed is None and wants_to_leave():
@@ -78,11 +79,15 @@ class Cutover:
             try:
                 await self._ledger.append(Kind.COMMIT, payload)
             except OSError as error:
-                return await self._unknown(error)
-            self.former = self._disk.pivot(self._tracker.target)
+                unknown = error
+            else:
+                self.former = self._disk.pivot(self._tracker.target)
         finally:
+            self._tracker.strict = self.committing and self.former is None
             self.pause_s = loop.time() - closed_s
             self._disk.open_gate()
+        if unknown is not None:
+            return await self._abort_durably(unknown)
         return Event.COMMITTED, f"the guest waited at most {self.pause_s * 1000:.1f} ms"
 
     async def _prepare(self) -> Outcome | None:
@@ -109,10 +114,8 @@ class Cutover:
             return f"writes in flight did not end within {limit_s:g} s"
         return None
 
-    async def _unknown(self, error: OSError) -> Outcome:
+    async def _abort_durably(self, error: OSError) -> Outcome:
         """Keep both sides equal until it is durably known that this move did not happen."""
-        self._tracker.strict = True
-        self._disk.open_gate()
         delay_s = self._settings.retry_first_s
         reason = f"the commit record could not be made durable ({error})"
         while True:

@@ -36,7 +36,7 @@ from mirrord.engine.digests import Digests
 from mirrord.engine.intents import Intents
 from mirrord.engine.mutation import Mutation
 from mirrord.engine.settings import EngineSettings
-from mirrord.errors import SourceError, TargetError
+from mirrord.errors import SideError, SourceError, TargetError
 from mirrord.storage.backend import Backend
 
 
@@ -96,7 +96,7 @@ class WriteTracker:
         settings: EngineSettings,
         tasks: asyncio.TaskGroup,
         *,
-        report: Callable[[SourceError | TargetError], None],
+        report: Callable[[SideError], None],
         give_up: Callable[[OSError], Awaitable[None]],
         charge: Callable[[int], None],
     ) -> None:

@@ -1,0 +1,306 @@
+"""How a job begins, and how it goes on after a crash: the crash-point table in code.
+
+What is found on storage decides, nothing else (rules R11, R12). The journal is made durable
+before anything is believed; then:
+
+    journal            authority   action                                               rows
+    no record          source      delete our target; the job was never begun           C0
+    PREP               source      target found: take its final name back, go on from   C1-C9
+                                   the maps; not found: create it again, copy all
+    COMMIT, RETIRED    target      target found: serve it, finish the retirement;       C10-C16
+                                   not found: refuse to serve, touch nothing            C13
+    ABORT              source      delete the target, DONE                              C17
+    DONE               by COMMIT   nothing
+    damaged            none        refuse to serve, touch nothing                       C23
+
+After a kill on the same boot the dirty bitmap says what may differ; after a power cut the intent
+map does; without a readable map everything is copied again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mirrord.core.bitmap import DirtyBitmap, IntentMap
+from mirrord.core.journal import Authority, Kind, Payload, State, parse
+from mirrord.engine.disk import Disk
+from mirrord.engine.intents import Intents
+from mirrord.engine.job import Job, Surroundings
+from mirrord.engine.ledger import Ledger
+from mirrord.engine.request import JobRequest, Progress
+from mirrord.engine.store import JobStore
+from mirrord.errors import RefusedError
+from mirrord.storage.backend import Backend, Cache, Identity, Place
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Both ends of a move, and how they are opened."""
+
+    source: Place
+    target: Place
+    cache: Cache = Cache.WRITEBACK
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What to serve, and the job to run on beside it (None: it has ended)."""
+
+    disk: Disk
+    location: str
+    job: Job | None
+
+
+async def check(disk: Disk, target: Place, request: JobRequest) -> None:
+    """Refuse what can't be moved there. Changes nothing."""
+    if disk.read_only:
+        raise RefusedError("read-only", f"disk {disk.name} is read-only: attach it writable")
+    needed = await _data_bytes(disk.backend)
+    await target.check_target(disk.backend, needed=needed, force=request.force)
+
+
+async def start(
+    disk: Disk, places: Places, store: JobStore, request: JobRequest, around: Surroundings
+) -> Job:
+    """Create the target and make PREP durable; the job that is returned is ready to `run`.
+
+    Whatever fails leaves nothing behind but, after a crash, a target that `recover` deletes.
+    """
+    await check(disk, places.target, request)
+    target = await places.target.create(request.job_id, disk.backend, cache=places.cache)
+    try:
+        region_bytes = around.settings.region_bytes
+        intent_map = IntentMap(disk.size, region_bytes)
+        content = intent_map.content()
+        await store.create(content)
+        intent_map.made_durable([(0, content)])
+        ledger = Ledger(store)
+        await ledger.append(Kind.PREP, _prep(disk.backend, target))
+        bitmap, progress = _bitmap(disk.size, store)
+        bitmap.clear()
+        progress.reset()
+    except BaseException:
+        await target.close()
+        await places.target.discard(request.job_id)
+        raise
+    return Job(
+        request,
+        disk,
+        (places.source, places.target),
+        (disk.backend.identity, target.identity),
+        store,
+        ledger,
+        around,
+        target=target,
+        bitmap=bitmap,
+        intents=Intents(intent_map, store),
+        progress=progress,
+    )
+
+
+async def recover(
+    name: str, places: Places, store: JobStore, request: JobRequest, around: Surroundings
+) -> Recovered:
+    """Act on what a crash left, before anything is served.
+
+    Raises DamagedError for a journal that can't be believed and RefusedError (`target-lost`)
+    when the disk was committed to a target that isn't there: then nothing may be served.
+    """
+    ledger = Ledger(store, parse(await store.read_log()))
+    outcome = ledger.outcome
+    if outcome.authority is Authority.TARGET:
+        return await _recover_committed(name, places, store, request, around, ledger)
+    source = await places.source.open(cache=places.cache)
+    disk = Disk(name, source)
+    try:
+        if outcome.state is State.PREPARED:
+            job = await _recover_prepared(disk, places, store, request, around, ledger)
+        elif outcome.state is State.EMPTY:
+            # The job is still a wish: whoever wished it asks again.
+            await places.target.discard(request.job_id)
+            job = None
+        else:
+            job = None
+            await _conclude_aborted(places, request, ledger)
+    except BaseException:
+        await source.close()
+        raise
+    return Recovered(disk, places.source.location, job)
+
+
+async def _recover_committed(
+    name: str,
+    places: Places,
+    store: JobStore,
+    request: JobRequest,
+    around: Surroundings,
+    ledger: Ledger,
+) -> Recovered:
+    prep = ledger.outcome.prep
+    assert prep is not None
+    identity = Identity(**prep["target"])
+    target = await places.target.find(request.job_id, identity, cache=places.cache)
+    if target is None:
+        raise RefusedError(
+            "target-lost",
+            f"disk {name} was moved to {places.target.location}, which is missing or is not the "
+            f"disk that was written there; the old copy may be stale. Bring the target back, "
+            f"then attach {name} again",
+        )
+    await places.target.publish(request.job_id)
+    disk = Disk(name, target)
+    if ledger.outcome.finished:
+        return Recovered(disk, places.target.location, None)
+    bitmap, progress = _bitmap(disk.size, store)
+    bitmap.clear()
+    job = Job(
+        request,
+        disk,
+        (places.source, places.target),
+        (Identity(**prep["source"]), identity),
+        store,
+        ledger,
+        around,
+        target=None,
+        bitmap=bitmap,
+        intents=Intents(IntentMap(disk.size, around.settings.region_bytes), store),
+        progress=progress,
+    )
+    return Recovered(disk, places.target.location, job)
+
+
+async def _recover_prepared(
+    disk: Disk,
+    places: Places,
+    store: JobStore,
+    request: JobRequest,
+    around: Surroundings,
+    ledger: Ledger,
+) -> Job | None:
+    """Find the target again, or create it again, and believe the right map."""
+    source = disk.backend
+    prep = ledger.outcome.prep
+    assert prep is not None
+    expected = Identity(**prep["source"])
+    if source.size != expected.size:
+        reason = f"the source changed size from {expected.size} to {source.size} bytes"
+        await ledger.append(Kind.ABORT, {"reason": reason})
+        await _conclude_aborted(places, request, ledger)
+        return None
+    try:
+        target, intent_map, bitmap, progress = await _find_target(
+            disk, places, store, request, around, ledger
+        )
+    except (RefusedError, OSError) as error:
+        # The target is out of reach; the guest must not wait for it.
+        reason = f"the target could not be opened after a restart: {error}"
+        await ledger.append(Kind.ABORT, {"reason": reason})
+        await _conclude_aborted(places, request, ledger)
+        return None
+    return Job(
+        request,
+        disk,
+        (places.source, places.target),
+        (source.identity, target.identity),
+        store,
+        ledger,
+        around,
+        target=target,
+        bitmap=bitmap,
+        intents=Intents(intent_map, store),
+        progress=progress,
+    )
+
+
+async def _find_target(
+    disk: Disk,
+    places: Places,
+    store: JobStore,
+    request: JobRequest,
+    around: Surroundings,
+    ledger: Ledger,
+) -> tuple[Backend, IntentMap, DirtyBitmap, Progress]:
+    region_bytes = around.settings.region_bytes
+    prep = ledger.outcome.prep
+    assert prep is not None
+    bitmap, progress = _bitmap(disk.size, store)
+    stored = await store.read_map()
+    intent_map = IntentMap(disk.size, region_bytes, stored)
+    target = await places.target.find(
+        request.job_id, Identity(**prep["target"]), cache=places.cache
+    )
+    if target is None:
+        # C1: nothing of the old target is left, so nothing of the maps is true.
+        intent_map = IntentMap(disk.size, region_bytes)
+        await _write_whole(intent_map, store)
+        target = await places.target.create(request.job_id, disk.backend, cache=places.cache)
+        try:
+            await ledger.append(Kind.PREP, _prep(disk.backend, target))
+        except BaseException:
+            await target.close()
+            raise
+        bitmap.clear()
+        progress.reset()
+        return target, intent_map, bitmap, progress
+    await places.target.withdraw(request.job_id)
+    if stored is None:
+        await _write_whole(intent_map, store)
+    if not store.same_boot or stored is None:
+        _believe_intents(intent_map, bitmap, progress)
+    return target, intent_map, bitmap, progress
+
+
+async def _write_whole(intent_map: IntentMap, store: JobStore) -> None:
+    content = intent_map.content()
+    await store.write_map(0, content, durable=True)
+    intent_map.made_durable([(0, content)])
+
+
+def _believe_intents(intent_map: IntentMap, bitmap: DirtyBitmap, progress: Progress) -> None:
+    """Mark what a power cut may have left different; holes among it are found when copying."""
+    bitmap.clear()
+    for offset, length in intent_map.ranges():
+        bitmap.put_back(offset, length)
+    progress.reset()
+    progress.scanned = True
+    progress.bytes_total = bitmap.remaining()
+    progress.save()
+
+
+async def _conclude_aborted(places: Places, request: JobRequest, ledger: Ledger) -> None:
+    """Row C17: the target of an aborted job is deleted, then the journal is closed."""
+    outcome = ledger.outcome
+    if outcome.finished:
+        return
+    reason = (outcome.abort or {}).get("reason", "aborted")
+    left = ""
+    try:
+        await places.target.discard(request.job_id)
+    except (OSError, RefusedError) as error:
+        left = f"; the target {places.target.location} is left over ({error})"
+    await ledger.append(Kind.DONE, {"phase": _phase_of(outcome.abort), "reason": f"{reason}{left}"})
+
+
+def _phase_of(abort: Payload | None) -> str:
+    return "cancelled" if (abort or {}).get("cancelled") else "failed"
+
+
+def _bitmap(size: int, store: JobStore) -> tuple[DirtyBitmap, Progress]:
+    progress = Progress(store.dirty)
+    return DirtyBitmap(size, store.dirty), progress
+
+
+def _prep(source: Backend, target: Backend) -> dict[str, Any]:
+    return {"source": asdict(source.identity), "target": asdict(target.identity)}
+
+
+async def _data_bytes(backend: Backend) -> int:
+    """Return how many bytes are data, for the question whether there is room."""
+    offset = total = 0
+    while offset < backend.size:
+        for extent in await backend.extents(offset, backend.size - offset):
+            if extent.status.value == "data":
+                total += min(extent.end, backend.size) - extent.offset
+            offset = extent.end
+    return total
