@@ -194,6 +194,16 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
     check(_fallocate(descriptor, mode, offset, length))
 
 
+def set_direct(descriptor: int) -> None:
+    """Send the descriptor's reads and writes past the page cache (O_DIRECT) from now on.
+
+    Raises:
+        OSError: EINVAL where the file system can't.
+    """
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+
+
 def birth_ns(descriptor: int) -> int:
     """Return when the file was made, in nanoseconds, or 0 where its file system doesn't say.
 

@@ -158,7 +158,11 @@ class FileIo(ABC):
 
     @abstractmethod
     async def settle(self, descriptor: int) -> None:
-        """Wait for every operation in flight on `descriptor`, abandoned ones included."""
+        """Wait for every operation now in flight on `descriptor`, abandoned ones included."""
+
+    @abstractmethod
+    def is_busy(self, descriptor: int) -> bool:
+        """Tell whether an operation is in flight on `descriptor`."""
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a blocking function in a thread. Cancelling abandons the answer, not the call."""
@@ -240,6 +244,9 @@ class ThreadIo(FileIo):
         waiting = [future for future, user in self._in_flight.items() if user == descriptor]
         if waiting:
             await asyncio.wait(waiting)
+
+    def is_busy(self, descriptor: int) -> bool:
+        return descriptor in self._in_flight.values()
 
     async def close(self) -> None:
         if self._in_flight:

@@ -218,6 +218,12 @@ class MemoryPlace(Place):
         content = self._shelf.get(self.name)
         return content is not None and content.made_by == job_id
 
+    async def confirm(self, job_id: str, identity: Identity) -> str | None:
+        content = self._shelf.get(self.name)
+        if content is None or _identity(content) != identity:
+            return f"the target {self.location} was replaced"
+        return None
+
     async def retire(self, job_id: str, identity: Identity, *, wipe: bool = False) -> str | None:
         content = self._shelf.get(self.name)
         if content is None:

@@ -296,8 +296,12 @@ class UringIo(FileIo):
             tries += 1
 
     async def settle(self, descriptor: int) -> None:
-        while any(entry[1] == descriptor for entry in self._pending.values()):
+        keys = {key for key, entry in self._pending.items() if entry[1] == descriptor}
+        while not keys.isdisjoint(self._pending):
             await self._one_reaped()
+
+    def is_busy(self, descriptor: int) -> bool:
+        return any(entry[1] == descriptor for entry in self._pending.values())
 
     async def close(self) -> None:
         while self._pending:

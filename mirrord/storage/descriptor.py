@@ -1,0 +1,375 @@
+"""A disk behind a file descriptor: what regular files and block devices have in common.
+
+Through the page cache (`Cache.WRITEBACK`): reads that the cache can answer end without an await,
+the rest goes to the `FileIo`. Small guest writes may be done at once where `may_block` allows it.
+
+Past it (`Cache.DIRECT`): the kernel wants aligned offsets, so
+
+* bytes that fill their block only in part are written by read-modify-write. It runs alone: it
+  waits for every aligned write in flight, and later ones wait for it, since a block rewritten
+  from an old reading would undo a neighbour's write;
+* a size that isn't a whole number of blocks leaves a tail that can't be written directly without
+  growing the file. Its last page goes through the page cache, by a second descriptor, and only
+  it: cached and direct writes never meet in one page, where they would spoil each other.
+
+The second descriptor (`_other`) is opened when first needed, in the other mode, through
+/proc/self/fd: the same file, whatever its name leads to by now. It holds no lock of its own.
+
+Requests of several steps run as tasks of the backend, so that a cancelled caller leaves whole
+operations behind; `close` waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from mirrord.core.geometry import KIB, MIB, Extent, Status, round_down, round_up, split
+from mirrord.storage.backend import Backend, Buffer, Cache, Capabilities, Identity
+from mirrord.storage.fileio import PAGE_BYTES, PIECE_BYTES_MAX, FileIo
+
+T = TypeVar("T")
+
+# Reads up to this try the page cache inline: copying it takes the loop some 30 us.
+INLINE_READ_BYTES_MAX = 256 * KIB
+
+# Writes up to this may be done inline (`may_block`): copying it takes the loop some 15 us.
+INLINE_WRITE_BYTES_MAX = 128 * KIB
+
+FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10
+
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
+_ZEROES = bytes(MIB)
+
+
+class DescriptorBackend(Backend):
+    """A disk behind an open descriptor, which belongs to this object."""
+
+    may_block = False  # True: small guest writes may wait for the page cache inline
+
+    def __init__(
+        self,
+        descriptor: int,
+        io: FileIo,
+        *,
+        identity: Identity,
+        capabilities: Capabilities,
+        cache: Cache,
+        unit_bytes: int,
+        name: str = "",
+        read_only: bool = False,
+    ) -> None:
+        """`unit_bytes` is what O_DIRECT wants offsets and lengths to be multiples of."""
+        self.size = identity.size
+        self.name = name
+        self.identity = identity
+        self.capabilities = capabilities
+        self.read_only = read_only
+        self.cache_mode = cache
+        self._descriptor = descriptor
+        self._io = io
+        self._direct = cache is Cache.DIRECT
+        self._unit = unit_bytes
+        # Where a range to be zeroed must begin and end to be left to fallocate.
+        self._zero_unit = PAGE_BYTES if self._direct else 1
+        whole = self.size % unit_bytes == 0
+        self._direct_end = self.size if whole else round_down(self.size, PAGE_BYTES)
+        self._punches = capabilities.punches_holes
+        self._zeroes_ranges = capabilities.fast_zeroes
+        self._no_wait = not self._direct
+        self._other_descriptor = -1
+        self._other_lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._edges = asyncio.Lock()  # held by a read-modify-write
+        self._aligned_writes = 0  # awaited; abandoned ones are known to the FileIo alone
+        self._aligned_ended: asyncio.Future[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    # Reading.
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        if self._direct:
+            if (
+                (offset | length) % self._unit == 0
+                and length <= PIECE_BYTES_MAX
+                and offset + length <= self._direct_end
+            ):
+                return await self._io.read_direct(self._descriptor, offset, length)
+            return await self._read_past(offset, length)
+        if self._no_wait and length <= INLINE_READ_BYTES_MAX:
+            data = bytearray(length)
+            try:
+                done = os.preadv(self._descriptor, (data,), offset, os.RWF_NOWAIT)
+            except BlockingIOError:
+                done = 0
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                self._no_wait = False
+                done = 0
+            if done == length:
+                return data
+            if done:
+                data[done:] = await self._io.read(self._descriptor, offset + done, length - done)
+                return data
+        return await self._io.read(self._descriptor, offset, length)
+
+    async def read_stored(self, offset: int, length: int) -> Buffer:
+        """Read past the page cache: by O_DIRECT, or after dropping the range from the cache."""
+        if self._direct:
+            return await self.read(offset, length)
+        if await self._other() >= 0:
+            return await self._read_past(offset, length)
+        await self._io.call(_drop_cache, self._descriptor, offset, length)
+        return await self._io.read(self._descriptor, offset, length)
+
+    async def _read_past(self, offset: int, length: int) -> Buffer:
+        """Read past the page cache, whatever the range; the tail's page through it."""
+        if self._direct:
+            direct, cached = self._descriptor, -1
+        else:
+            direct, cached = await self._other(), self._descriptor
+        end = offset + length
+        start = round_down(offset, self._unit)
+        stop = min(round_up(end, self._unit), self._direct_end)
+        pieces: list[Coroutine[Any, Any, Buffer]] = [
+            self._io.read_direct(direct, at, count)
+            for at, count in split(start, max(0, stop - start), PIECE_BYTES_MAX)
+        ]
+        if end > self._direct_end:
+            at = max(offset, self._direct_end)
+            if cached < 0:
+                cached = await self._other()
+            else:
+                await self._io.call(_drop_cache, cached, at, end - at)
+            pieces.append(self._io.read(cached, at, end - at))
+            start = min(start, at) if start < stop else at
+        parts = [await pieces[0]] if len(pieces) == 1 else await _all(pieces)
+        joined = parts[0] if len(parts) == 1 else b"".join(parts)
+        if start == offset and len(joined) == length:
+            return joined
+        return memoryview(joined)[offset - start :][:length]
+
+    # Writing.
+
+    async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        if self.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        length = len(data)
+        if self._direct:
+            if (
+                (offset | length) % self._unit == 0
+                and length <= PIECE_BYTES_MAX
+                and offset + length <= self._direct_end
+            ):
+                await self._write_aligned(offset, data, fua)
+            else:
+                await self._own(self._write_pieces(offset, bytes(data), fua))
+        elif self.may_block and not fua and length <= INLINE_WRITE_BYTES_MAX:
+            done = os.pwrite(self._descriptor, data, offset)
+            if done != length:
+                rest = memoryview(data)[done:]
+                await self._io.write(self._descriptor, offset + done, rest, dsync=False)
+        else:
+            await self._io.write(self._descriptor, offset, data, dsync=fua)
+
+    async def _write_aligned(self, offset: int, data: Buffer, dsync: bool) -> None:
+        async with self._beside_edges():
+            await self._io.write_direct(self._descriptor, offset, data, dsync=dsync)
+
+    async def _write_pieces(self, offset: int, data: bytes, dsync: bool) -> None:
+        """Write any range past the page cache; the tail's page through it."""
+        view = memoryview(data)
+        end = offset + len(data)
+        stop = min(end, self._direct_end)
+        pieces: list[Coroutine[Any, Any, None]] = []
+        for at, count, whole in _blocks(offset, stop, self._unit):
+            part = view[at - offset :][:count]
+            write = self._write_aligned if whole else self._write_edge
+            pieces.append(write(at, part, dsync))
+        if end > self._direct_end:
+            at = max(offset, self._direct_end)
+            cached = await self._other()
+            pieces.append(self._io.write(cached, at, view[at - offset :], dsync=dsync))
+        await _all(pieces)
+
+    async def _write_edge(self, offset: int, data: Buffer, dsync: bool) -> None:
+        """Replace a part of one block, alone."""
+        block = round_down(offset, self._unit)
+        async with self._edges:
+            while self._aligned_writes:
+                self._aligned_ended = asyncio.get_running_loop().create_future()
+                await self._aligned_ended
+            await self._io.settle(self._descriptor)
+            content = bytearray(await self._io.read_direct(self._descriptor, block, self._unit))
+            content[offset - block : offset - block + len(data)] = data
+            await self._io.write_direct(self._descriptor, block, content, dsync=dsync)
+
+    @asynccontextmanager
+    async def _beside_edges(self) -> AsyncIterator[None]:
+        """Be in flight as an aligned change: never together with a read-modify-write."""
+        while self._edges.locked():
+            async with self._edges:
+                pass  # first come, first served; then look again
+        self._aligned_writes += 1
+        try:
+            yield
+        finally:
+            self._aligned_writes -= 1
+            ended = self._aligned_ended
+            if ended is not None and not self._aligned_writes and not ended.done():
+                ended.set_result(None)
+
+    # Zeroes and holes.
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, fua: bool = False, punch: bool = True, fast: bool = False
+    ) -> None:
+        if self.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        await self._own(self._zero(offset, length, fua=fua, punch=punch, fast=fast))
+
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        await self.write_zeroes(offset, length, fua=fua)
+
+    async def _zero(self, offset: int, length: int, *, fua: bool, punch: bool, fast: bool) -> None:
+        end = offset + length
+        start = min(round_up(offset, self._zero_unit), end)
+        stop = end if end == self.size else max(start, round_down(end, self._zero_unit))
+        if stop > start and not await self._allocate_zeroes(start, stop - start, punch):
+            if fast:
+                raise OSError(errno.ENOTSUP, "zeroes are not faster than writing here")
+            start = stop = end  # then everything is written
+        for at, until in ((offset, start), (stop, end)):
+            for piece, count in split(at, until - at, MIB):
+                await self._write_zero_piece(piece, count)
+        if fua:
+            await self._io.datasync(self._descriptor)
+
+    async def _allocate_zeroes(self, offset: int, length: int, punch: bool) -> bool:
+        """Zero by fallocate; False, with nothing changed, where that isn't to be had."""
+        if punch and self._punches:
+            self._punches = await self._fallocate(FALLOC_PUNCH_HOLE, offset, length)
+            if self._punches:
+                return True
+        if self._zeroes_ranges:
+            self._zeroes_ranges = await self._fallocate(FALLOC_ZERO_RANGE, offset, length)
+        return self._zeroes_ranges
+
+    async def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        mode |= FALLOC_KEEP_SIZE
+        try:
+            if self._direct:
+                async with self._beside_edges():
+                    await self._io.fallocate(self._descriptor, mode, offset, length)
+            else:
+                await self._io.fallocate(self._descriptor, mode, offset, length)
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                return False
+            raise
+        return True
+
+    async def _write_zero_piece(self, offset: int, length: int) -> None:
+        zeroes = _ZEROES if length == len(_ZEROES) else _ZEROES[:length]
+        if self._direct:
+            await self._write_pieces(offset, zeroes, False)
+        else:
+            await self._io.write(self._descriptor, offset, zeroes, dsync=False)
+
+    # The rest.
+
+    async def flush(self) -> None:
+        await self._io.datasync(self._descriptor)
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        return [Extent(offset, length, Status.DATA)]
+
+    def forget_cache(self, offset: int, length: int) -> None:
+        if not self._direct:
+            self._task(self._io.call(_drop_cache, self._descriptor, offset, length))
+
+    async def close(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+        await self._io.settle_calls()
+        for descriptor in (self._descriptor, self._other_descriptor):
+            if descriptor >= 0:
+                while self._io.is_busy(descriptor):
+                    await self._io.settle(descriptor)
+                await self._io.call(os.close, descriptor)
+        self._descriptor = self._other_descriptor = -1
+
+    async def _other(self) -> int:
+        """Return the second descriptor, or -1 where this can't be opened with O_DIRECT."""
+        async with self._other_lock:
+            if self._other_descriptor < 0 and not (self._no_other and not self._direct):
+                try:
+                    self._other_descriptor = await self._io.call(_reopen, self._descriptor)
+                except OSError as error:
+                    if self._direct or error.errno != errno.EINVAL:
+                        raise
+                    self._no_other = True
+            return self._other_descriptor
+
+    _no_other = False  # O_DIRECT was refused
+
+    async def _own(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` as a task of this backend: a cancelled caller doesn't stop it half way."""
+        return await asyncio.shield(self._task(work))
+
+    def _task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # an abandoned answer is nobody's unhandled error
+
+
+async def _all(pieces: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run the pieces side by side; return or raise only when every one has ended."""
+    results = await asyncio.gather(*pieces, return_exceptions=True)
+    answers: list[T] = []
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        answers.append(result)
+    return answers
+
+
+def _blocks(offset: int, stop: int, unit: int) -> list[tuple[int, int, bool]]:
+    """Cut a range into (offset, length, whole blocks?): edges of less than a block, and pieces."""
+    if offset >= stop:
+        return []
+    start, end = round_up(offset, unit), round_down(stop, unit)
+    if start > end:
+        return [(offset, stop - offset, False)]
+    middle = [(at, count, True) for at, count in split(start, end - start, PIECE_BYTES_MAX)]
+    head = [(offset, start - offset, False)] if offset < start else []
+    tail = [(end, stop - end, False)] if end < stop else []
+    return head + middle + tail
+
+
+def _drop_cache(descriptor: int, offset: int, length: int) -> None:
+    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def _reopen(descriptor: int) -> int:
+    """Open the same file in the other cache mode, for the same access."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    kept = flags & os.O_ACCMODE | os.O_CLOEXEC
+    return os.open(f"/proc/self/fd/{descriptor}", kept | (flags ^ os.O_DIRECT) & os.O_DIRECT)

@@ -1,0 +1,141 @@
+"""File names on a host: which are allowed, what they are called while a job lasts, and opening.
+
+`open_inode` and `reopen` are the two halves of opening something without surprises: first the
+inode, without side effects and without following a link, then, when it is known to be a regular
+file or a block device, that same inode for reading or writing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from mirrord.errors import RefusedError
+
+NAME_BYTES_MAX = 255  # NAME_MAX of Linux
+
+
+class NotADiskError(OSError):
+    """A name leads to something that can't be a disk; `kind` says what, in words."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(errno.EINVAL, f"it is {kind}")
+        self.kind = kind
+
+
+class Directory:
+    """An open directory, closed when nobody refers to this any more."""
+
+    def __init__(self, path: str) -> None:
+        """Open it. Raises `OSError`: ENOENT, ENOTDIR, EACCES."""
+        self.path = path
+        self.descriptor = -1
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        self.descriptor = os.open(path, flags)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+    def writable(self) -> bool:
+        """Tell whether names may be made here by this process."""
+        return os.access(".", os.W_OK | os.X_OK, dir_fd=self.descriptor, effective_ids=True)
+
+    def available_bytes(self) -> int:
+        """Return what the file system still takes, without what is reserved for root."""
+        status = os.fstatvfs(self.descriptor)
+        return status.f_bavail * status.f_frsize
+
+
+def check_name(location: str) -> None:
+    """Refuse (`bad-name`) a path that no disk may have."""
+    if any(ord(character) < 32 or ord(character) == 127 for character in location):
+        raise RefusedError("bad-name", f"{location!r} has control characters: name it otherwise")
+    for component in location.split("/"):
+        if component.startswith(".mirrord"):
+            raise RefusedError(
+                "bad-name", f"{location}: names that start with .mirrord are mirrord's own"
+            )
+        if len(os.fsencode(component)) > NAME_BYTES_MAX:
+            raise RefusedError(
+                "bad-name",
+                f"{location}: a name is longer than {NAME_BYTES_MAX} bytes: shorten it",
+            )
+
+
+def part_name(name: str, job_id: str) -> str:
+    """Return what a target is called until it is published."""
+    return _hidden_name(name, f".mirrord-{job_id}.part")
+
+
+def retired_name(name: str, job_id: str) -> str:
+    """Return what a source is called between its retirement and its deletion."""
+    return _hidden_name(name, f".mirrord-{job_id}.retired")
+
+
+def _hidden_name(name: str, ending: str) -> str:
+    """Put `ending` behind a dot and the name, of which so much is kept as there is room for."""
+    room = NAME_BYTES_MAX - 1 - len(os.fsencode(ending))
+    while len(os.fsencode(name)) > room:
+        name = name[:-1]
+    return f".{name}{ending}"
+
+
+def open_inode(directory: int, name: str, *, block_device: bool = False) -> int:
+    """Return an O_PATH descriptor of a regular file (or a block device).
+
+    Raises:
+        NotADiskError: it is something else, a symbolic link included.
+        OSError: it can't be reached.
+    """
+    descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISBLK(mode) if block_device else stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    raise NotADiskError(_kind(mode))
+
+
+def reopen(inode: int, flags: int) -> int:
+    """Open what an O_PATH descriptor stands for."""
+    return os.open(f"/proc/self/fd/{inode}", flags | os.O_CLOEXEC)
+
+
+def _kind(mode: int) -> str:
+    for test, kind in (
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+        (stat.S_ISLNK, "a symbolic link"),
+        (stat.S_ISREG, "a regular file"),
+    ):
+        if test(mode):
+            return kind
+    return "of an unknown kind"
+
+
+def refusal(location: str, error: OSError) -> RefusedError:
+    """Say why a file can't be opened or created, and what to do."""
+    if isinstance(error, NotADiskError):
+        code = "is-directory" if error.kind == "a directory" else "not-a-disk"
+        return RefusedError(code, f"{location} is {error.kind}: name a file or a block device")
+    directory = os.path.dirname(location)
+    known = {
+        errno.EEXIST: ("target-exists", "its temporary name is taken: discard the old job first"),
+        errno.ENOENT: ("directory-missing", f"there is no directory {directory}: create it"),
+        errno.ENOTDIR: ("directory-missing", f"{directory} is not a directory: name another"),
+        errno.EACCES: ("directory-not-writable", f"{directory} isn't writable"),
+        errno.EPERM: ("directory-not-writable", f"{directory} isn't writable"),
+        errno.EROFS: ("directory-not-writable", f"{directory} is mounted read-only"),
+        errno.ENOSPC: ("no-space", "its file system is full: free some space"),
+        errno.EDQUOT: ("no-space", "the quota is used up: free some space"),
+        errno.EFBIG: ("too-large", "its file system can't hold a file of that size"),
+        errno.EINVAL: ("no-direct", "it can't be used past the page cache: use --cache writeback"),
+    }
+    code, reason = known.get(
+        error.errno or 0, ("target-unusable", f"{error.strerror}: choose another target")
+    )
+    return RefusedError(code, f"{location} can't be created: {reason}")
