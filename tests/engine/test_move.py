@@ -1,0 +1,35 @@
+"""A move from its first to its last record, with a guest that writes meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from mirrord.core.migration import Phase
+from tests.engine.harness import Bench, Writer, finish
+
+SIZE = (24 << 20) + 513
+
+
+@pytest.mark.parametrize("mode", ["auto", "passes", "mirror"])
+@pytest.mark.parametrize("verify", ["full", "none"])
+async def test_move_under_load(tmp_path: Path, mode: str, verify: str) -> None:
+    bench = Bench(tmp_path, SIZE)
+    disk = await bench.open()
+    writer = Writer(disk, seed=1)
+    await writer.fill()
+    job = await bench.start(mode=mode, verify=verify)
+    guest = asyncio.create_task(writer.run())
+    status = await finish(job)
+    await asyncio.sleep(0.01)
+    writer.stopped = True
+    await guest
+    assert status.phase is Phase.DONE, status
+    assert status.verified == (verify == "full")
+    assert await bench.content() == bytes(writer.expected)
+    assert bench.moved == ["mem:target"]
+    assert bench.shelf.names() == ["target"]
+    assert status.bytes_remaining == 0
+    assert writer.requests > 100
