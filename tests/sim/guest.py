@@ -6,12 +6,12 @@ import asyncio
 import random
 import struct
 import types
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Protocol
 
 from tests.sim.checker import Checker
 from tests.sim.disk import BLOCK
-from tests.sim.loop import close
+from tests.sim.loop import close, elapse
 from tests.sim.world import World
 
 
@@ -51,7 +51,8 @@ class Guest:
         depth: int,
         think_s: float,
         hot: float,
-        latency_max_s: float,
+        slow: Callable[[float], None],
+        failed: Callable[[str, OSError], None],
     ) -> None:
         self.world = world
         self.checker = checker
@@ -60,8 +61,8 @@ class Guest:
         self.depth = depth
         self.think_s = think_s
         self.hot = hot  # share of the requests that go to the first blocks
-        self.latency_max_s = latency_max_s
-        self.errors: list[OSError] = []
+        self.slow = slow  # told how long each request took, in seconds
+        self.failed = failed  # told of each request that failed
 
     async def run(self, door: Door) -> None:
         """Send the requests that are left."""
@@ -79,11 +80,9 @@ class Guest:
             self.requests -= 1
             began_s = self.world.loop.time()
             await self._request(door)
-            took_s = self.world.loop.time() - began_s
-            if took_s > self.latency_max_s:
-                self.world.violate(f"a guest's request took {took_s:.2f} s")
+            self.slow(self.world.loop.time() - began_s)
             if self.think_s:
-                await asyncio.sleep(self.think_s * rng.random() * 2)
+                await elapse(self.think_s * rng.random() * 2)
 
     async def _request(self, door: Door) -> None:
         rng = self.rng
@@ -142,6 +141,8 @@ class Guest:
             await eager(door.flush())
         except OSError as error:
             self._failed(error, "flush")
+            if not self.world.dead:
+                self.checker.flush_failed()
         else:
             if not self.world.dead:
                 self.world.tell("guest < flush")
@@ -161,7 +162,7 @@ class Guest:
     def _failed(self, error: OSError, doing: str) -> None:
         if not self.world.dead:
             self.world.tell("guest < error", doing, error)
-            self.errors.append(error)
+            self.failed(doing, error)
 
 
 async def eager(request: Coroutine[Any, Any, Any]) -> Any:

@@ -190,6 +190,17 @@ class SimLoop(asyncio.AbstractEventLoop):
             handle._run()
 
 
+async def elapse(duration_s: float) -> None:
+    """Let virtual time pass; it costs none."""
+    loop = asyncio.get_running_loop()
+    passed = loop.create_future()
+    timer = loop.call_later(duration_s, lambda: passed.done() or passed.set_result(None))
+    try:
+        await passed
+    finally:
+        timer.cancel()
+
+
 def close(coroutine: Any) -> None:
     """Close a coroutine, whatever it does about it."""
     for _ in range(20):  # a `finally` that awaits refuses to be closed; it gives up in the end

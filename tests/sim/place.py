@@ -123,6 +123,11 @@ class SimPlace(Place):
             await self._step("discard", lambda name=name: unlink(name))
         await self._sync()
 
+    async def confirm(self, job_id: str, identity: Identity) -> str | None:
+        await self._step("confirm")
+        file = self.directory.names.get(self.name)
+        return None if file is not None and self._is(file, identity) else "it is not there"
+
     async def retire(self, job_id: str, identity: Identity, *, wipe: bool = False) -> str | None:
         self._must_be_committed("retire")
         if self.device:

@@ -13,11 +13,10 @@ from mirrord.core import bitmap, journal, ranges
 
 NUMBERS = (
     (bitmap, "GRANULARITY_MIN_BYTES", 16),
-    (journal, "CAPACITY_BYTES", 1 << 15),
+    (journal, "CAPACITY_BYTES", 1 << 17),
     (journal, "BLOCK_BYTES", 512),
-    (journal, "SECTOR_BYTES", 64),
-    (journal, "PAYLOAD_BYTES_MAX", 2048),
-    (journal, "RESERVED_BYTES", 8192),
+    (journal, "PAYLOAD_BYTES_MAX", 16_000),
+    (journal, "RESERVED_BYTES", 4 * 16_384),
     (ranges, "BUCKET_SHIFT", 5),
     (ranges, "BUCKETS_MAX", 4),
 )

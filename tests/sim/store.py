@@ -4,7 +4,7 @@ What is durable when is what `engine.store.JobStore` says, and not a bit more. `
 what outlives the process, `SimStore` is how one process has it open.
 
 * journal: a write is in the cache, then durable. A power cut between keeps it, loses it or tears
-  it (any of its sectors). A failed `write_log` may have left it durable, in the
+  it (any of its words). A failed `write_log` may have left it durable, in the
   cache (seen by the next process of this boot), or nowhere.
 * intent map: the same, byte by byte (a byte stands for a page).
 * dirty map: shared memory. A kill leaves it as it was at that instant; a power cut leaves an
@@ -17,8 +17,11 @@ import errno
 import os
 
 from mirrord.core import journal
+from mirrord.core.journal import Kind
 from mirrord.engine.store import JobStore
 from tests.sim.world import World
+
+KIND_AT = 8  # where a journal record has its kind
 
 
 class Sheet:
@@ -45,7 +48,10 @@ class Sheet:
         self.waiting = [entry for entry in self.waiting if entry[0] > tick]
 
     def sync_failed(self) -> None:
-        """Linux forgets that it had to write these; the cache still shows them."""
+        """Some reached the platter; the others Linux forgets, and the cache still shows them."""
+        if self.world.random() < 0.5:
+            for _, offset, data in self.waiting:
+                self.durable[offset : offset + len(data)] = data
         self.waiting = []
 
     def lose(self) -> None:
@@ -80,8 +86,9 @@ class SimFiles:
         self.log: Sheet | None = None
         self.map: Sheet | None = None
         self.dirty = bytearray(dirty_bytes)
-        self.boot = world.boots
+        self.boot = 0  # none: the memory was never opened
         self._old_dirty = bytes(dirty_bytes)
+        self.kinds: set[Kind] = set()  # of the records that anybody tried to write
         self.map_lost = False  # row C23: the map can't be read any more
         world.survivors.append(self)
 
@@ -114,16 +121,17 @@ class SimStore(JobStore):
         self.world = files.world
         self.job_id = files.job_id
         self.same_boot = files.boot == files.world.boots
-        files.boot = files.world.boots
+        if not self.same_boot:  # not believed, and so not to be believed by the next process
+            files.dirty[:] = b"\xff" * len(files.dirty)
+            files.boot = files.world.boots
         self.dirty = memoryview(files.dirty)
 
     async def create(self, map_bytes: bytes) -> None:
         files = self.files
 
         def preallocate() -> None:
-            files.log = Sheet(self.world, bytes(journal.CAPACITY_BYTES), journal.SECTOR_BYTES)
+            files.log = Sheet(self.world, bytes(journal.CAPACITY_BYTES), journal.WORD_BYTES)
             files.map = Sheet(self.world, map_bytes, 1)
-            files.boot = self.world.boots
 
         await self.world.call("store", "create", [preallocate], failed=lambda: None)
 
@@ -140,6 +148,10 @@ class SimStore(JobStore):
         return bytes(log.view)
 
     async def write_log(self, offset: int, data: bytes) -> None:
+        for kind in Kind:
+            if kind.value == data[KIND_AT : KIND_AT + 4]:
+                self.files.kinds.add(kind)
+                self.world.tell("record", kind.name)
         await self._write("write_log", self._sheet(self.files.log), offset, data, durable=True)
 
     async def read_map(self) -> bytes | None:

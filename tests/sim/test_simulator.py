@@ -14,7 +14,7 @@ from mirrord.storage.backend import Capabilities
 from tests.sim.checker import Checker
 from tests.sim.disk import BLOCK, SimBackend, SimDirectory, SimFile
 from tests.sim.guest import Guest
-from tests.sim.loop import DeadlockError, HaltedError, LivelockError, SimLoop
+from tests.sim.loop import DeadlockError, HaltedError, LivelockError, SimLoop, elapse
 from tests.sim.store import Sheet
 from tests.sim.world import CrashPlan, Fault, World
 
@@ -40,10 +40,14 @@ class TestLoop:
 
             async def producer() -> None:
                 for number in range(3):
-                    await asyncio.sleep(1)
+                    await elapse(1)
                     async with lock:
                         await queue.put(number)
                 event.set()
+
+            async def slept() -> str:
+                await elapse(9)
+                return "slept"
 
             async with asyncio.TaskGroup() as group:
                 group.create_task(producer())
@@ -55,7 +59,7 @@ class TestLoop:
                 await asyncio.wait_for(asyncio.get_running_loop().create_future(), 60)
             except TimeoutError:
                 heard.append("timeout")
-            sleeper = asyncio.create_task(asyncio.sleep(9, "slept"))
+            sleeper = asyncio.create_task(asyncio.wait_for(slept(), 60))
             try:
                 async with asyncio.timeout(1):
                     await asyncio.shield(sleeper)
@@ -109,11 +113,11 @@ class TestLoop:
                 await asyncio.Event().wait()
             finally:
                 closed.append("stubborn")
-                await asyncio.sleep(1)
+                await elapse(1)
 
         async def main() -> None:
             task = asyncio.create_task(stubborn())
-            await asyncio.sleep(1)
+            await elapse(1)
             loop.halt()
             await task
 
@@ -259,14 +263,16 @@ class TestSheet:
         assert {b"old!", b"NEW?", b"NEd!", b"olW!"} <= left
 
     def test_a_failed_sync_loses_it_without_a_word(self) -> None:
-        world = make_world()
-        sheet = Sheet(world, bytes(4), 1)
-        sheet.put(0, b"gone")
-        sheet.sync_failed()
-        sheet.sync(world.tick())
-        assert bytes(sheet.view) == b"gone"
-        sheet.lose()
-        assert bytes(sheet.view) == bytes(4)
+        left = set()
+        for seed in range(20):
+            sheet = Sheet(make_world(seed), bytes(4), 1)
+            sheet.put(0, b"gone")
+            sheet.sync_failed()
+            sheet.sync(sheet.world.tick())
+            assert bytes(sheet.view) == b"gone"
+            sheet.lose()
+            left.add(bytes(sheet.view))
+        assert left == {b"gone", bytes(4)}
 
 
 class TestChecker:
@@ -341,7 +347,7 @@ def live(seed: int, spoil: Callable[[Disk], None] | None = None) -> World:
     world.eager["source"] = rng.choice((0.0, 0.5))
     guest = Guest(
         world, checker, rng, requests=rng.randrange(10, 60), depth=rng.randrange(1, 6),
-        think_s=rng.choice((0, 0.01)), hot=0.5, latency_max_s=5,
+        think_s=rng.choice((0, 0.01)), hot=0.5, slow=lambda _: None, failed=lambda *_: None,
     )  # fmt: skip
     lives = rng.randrange(1, 4)
     for life in range(lives):

@@ -1,0 +1,414 @@
+"""One simulated move, from its seed to a verdict.
+
+The machine runs the real engine, journal and recovery in one life after another until the job has
+ended and the guests are done; `Crash` plans end lives. After each crash the content of whatever
+the journal makes the authority is checked before anything runs again, and at the end everything
+that may be left on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mirrord.core.journal import Authority, Kind, Outcome, State, fold, parse
+from mirrord.core.migration import Phase
+from mirrord.engine.disk import Disk
+from mirrord.engine.job import Job, Surroundings
+from mirrord.engine.recovery import Places, recover, start
+from mirrord.engine.request import JobRequest, dirty_bytes_for
+from mirrord.errors import DamagedError, RefusedError
+from tests.sim.checker import Checker
+from tests.sim.disk import SimDirectory, SimFile
+from tests.sim.guest import Guest
+from tests.sim.loop import DeadlockError, HaltedError, LivelockError, SimLoop, elapse
+from tests.sim.place import SimPlace
+from tests.sim.scenario import CALM_S, Scenario, draw
+from tests.sim.shrink import shrunk
+from tests.sim.store import SimFiles, SimStore
+from tests.sim.world import REBOOT_S, World
+
+JOB_ID = "job"
+LIFE_MAX_S = 400.0  # of virtual time; by then the operator has cancelled whatever still runs
+CANCEL_S = 150.0  # a job that hasn't ended by itself by then is cancelled, and the run has failed
+# What a guest may have to wait: the target's budget, the gate, the slowest disk, and some room.
+LATENCY_MAX_S = 6.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of one seed."""
+
+    seed: int
+    violation: str | None
+    story: str
+    phase: str
+    lives: int
+    points: int
+    faults_hit: frozenset[tuple[str, str]]
+    phases: frozenset[str]
+
+    def tell(self) -> str:
+        return f"{self.story}\n\nseed {self.seed}: {self.violation}"
+
+
+def simulate(
+    seed: int,
+    *,
+    scenario: Scenario | None = None,
+    keep_story: bool = False,
+    look: Callable[[Machine], None] | None = None,
+) -> Report:
+    """Run the seed's scenario. A violation is told again with its whole story."""
+    with shrunk():
+        machine = Machine(scenario or draw(seed), keep_story=keep_story)
+        machine.run()
+    if look is not None:
+        look(machine)
+    if machine.world.violation is not None and not keep_story and scenario is None:
+        return simulate(seed, keep_story=True, look=look)
+    return machine.report()
+
+
+class Machine:
+    """A host with one disk and one move."""
+
+    def __init__(self, scenario: Scenario, *, keep_story: bool = True) -> None:
+        self.scenario = scenario
+        rng = random.Random(f"run {scenario.seed}")
+        self.rng = rng
+        self.world = world = World(rng, keep_story=keep_story)
+        world.eager, world.slow = scenario.eager, scenario.slow
+        world.faults = scenario.faults
+        self.source_names, self.target_names = SimDirectory(world), SimDirectory(world)
+        source = SimFile(world, 1, scenario.size, scenario.content)
+        self.source_names.names["disk"] = source
+        self.source_names.sync()
+        if scenario.target_device:
+            old = SimFile(world, 2, scenario.size, rng.randbytes(scenario.size))
+            self.target_names.names["disk"] = old
+            self.target_names.sync()
+        self.files = SimFiles(world, JOB_ID, dirty_bytes_for(scenario.size))
+        self.checker = Checker(world, scenario.content)
+        self.guests = [
+            Guest(
+                world,
+                self.checker,
+                random.Random(f"guest {scenario.seed} {number}"),
+                requests=load.requests,
+                depth=load.depth,
+                think_s=load.think_s,
+                hot=load.hot,
+                slow=self.slow,
+                failed=self.guest_failed,
+            )
+            for number, load in enumerate(scenario.loads)
+        ]
+        self.reader = Guest(
+            world, self.checker, rng, requests=0, depth=0, think_s=0, hot=0,
+            slow=self.slow, failed=self.guest_failed,
+        )  # fmt: skip
+        self.location = "source"  # what the registry says; durable at once, by an atomic rename
+        self.ended: Phase | None = None
+        self.kept: str | None = None  # why the source was not deleted
+        self.cancelled = False
+        self.phases: set[str] = set()
+        self._boots = world.boots
+        self.commands = list(scenario.commands)
+
+    def report(self) -> Report:
+        world = self.world
+        return Report(
+            self.scenario.seed,
+            world.violation,
+            world.story(),
+            self.ended.value if self.ended else "never ended",
+            world.life,
+            world.points,
+            frozenset(world.faults_hit),
+            frozenset(self.phases),
+        )
+
+    # From life to life
+
+    def run(self) -> None:
+        plans = list(self.scenario.crashes)
+        now_s = 0.0
+        while self.world.violation is None:
+            loop = SimLoop(
+                self.rng, start_s=now_s, fair=self.scenario.fair, end_s=now_s + LIFE_MAX_S
+            )
+            self.world.boot(loop, plans.pop(0) if plans else None)
+            self._live(loop)
+            now_s = loop.time() + REBOOT_S
+            if self.world.violation is None and self.world.dead:
+                self._after_crash()
+            elif self.world.violation is None:
+                self._at_the_end()
+                return
+
+    def _live(self, loop: SimLoop) -> None:
+        try:
+            loop.run(self._life())
+            if loop.errors:
+                self.world.violate(f"the loop heard of {loop.errors[0]}")
+            elif loop.alive():
+                self.world.violate(f"tasks are left over: {loop.stacks()}")
+        except HaltedError:
+            pass
+        except (DeadlockError, LivelockError) as error:
+            self.world.violate(f"{type(error).__name__}: {error}")
+        except Exception as error:
+            self.world.violate("".join(traceback.format_exception(error)))
+        finally:
+            loop.abandon()
+
+    def _after_crash(self) -> None:
+        """Look at the disks as the crash left them, before anything repairs them."""
+        self.checker.crash(power=self.world.boots > self._boots)
+        self._boots = self.world.boots
+        self.world.dead = False  # so that a violation counts
+        found = self._authority()
+        if found is not None and (wrong := self.checker.check(bytes(found.view), "after a crash")):
+            self.world.violate(wrong)
+
+    def outcome(self, *, durable: bool = False) -> Outcome:
+        """Fold the journal, as it is seen or as a power cut would leave it at worst."""
+        log = self.files.log
+        if log is None:
+            return Outcome()
+        return fold(parse(bytes(log.durable if durable else log.view)).records)
+
+    def _authority(self) -> SimFile | None:
+        """Return the file that the journal makes the truth."""
+        try:
+            target = self.outcome().authority is Authority.TARGET
+        except DamagedError as error:
+            self.world.violate(f"the journal is damaged: {error}")
+            return None
+        names = (self.target_names if target else self.source_names).names
+        if "disk" not in names:
+            self.world.violate(f"the {'target' if target else 'source'} is gone: {list(names)}")
+            return None
+        return names["disk"]
+
+    def committed(self) -> bool:
+        """Whether COMMIT is durable, looked at from outside of the engine."""
+        try:
+            return self.outcome(durable=True).authority is Authority.TARGET
+        except DamagedError:
+            return False
+
+    # One life
+
+    async def _life(self) -> None:
+        """What the disk's process does, with the guests and the operator around it."""
+        self._adopted: list[asyncio.Task[None]] = []
+        self._job: Job | None = None
+        disk, job = await self._open()
+        async with asyncio.TaskGroup() as group:
+            for guest in self.guests:
+                group.create_task(self._use(guest, disk), name="guest")
+            if job is None and self.ended is None:
+                job = await self._begin(disk)
+            if job is not None:
+                operator = group.create_task(self._operate(job), name="operator")
+                status = await job.run()
+                operator.cancel()
+                self._concluded(status.phase)
+                if status.source_kept is not None:
+                    self.kept = status.source_kept
+        await self.reader.read_all(disk)
+        await asyncio.gather(*self._adopted)
+        await disk.backend.close()
+
+    async def _open(self) -> tuple[Disk, Job | None]:
+        if self.world.life == 1:
+            source = await self._places().source.open()
+            return Disk("disk", source), None
+        try:
+            recovered = await recover(
+                "disk", self._places(), SimStore(self.files), self._request(), self._around()
+            )
+        except OSError as error:
+            # The process ends with an error and is started again.
+            self.world.tell("recovery failed", error)
+            if not self.world.faults_hit:
+                self.world.violate(f"recovery failed without a fault: {error}")
+            self.world.crash(power=False)
+            await self.world.never()
+        if recovered.job is None and self.outcome().state is not State.EMPTY:
+            self._concluded(Phase((self.outcome().done or {}).get("phase", "done")))
+        self.world.tell("serves", recovered.location)
+        return recovered.disk, recovered.job
+
+    async def _begin(self, disk: Disk) -> Job | None:
+        """Ask for the move while the guests are at work."""
+        await elapse(self.rng.choice((0.0, 0.01)))
+        try:
+            return await start(
+                disk, self._places(), SimStore(self.files), self._request(), self._around()
+            )
+        except OSError as error:
+            if not self.world.faults_hit:
+                self.world.violate(f"the move was refused without a fault: {error}")
+            self.world.tell("refused", error)
+            self._concluded(Phase.FAILED)
+            return None
+
+    async def _use(self, guest: Guest, disk: Disk) -> None:
+        if self.world.life > 1:
+            await guest.read_all(disk)
+        await guest.run(disk)
+
+    async def _operate(self, job: Job) -> None:
+        """Give the scenario's commands, and later see to it that the move ends."""
+        world = self.world
+        began_s = world.loop.time()
+        while self.commands:
+            at_s, name = self.commands[0]
+            await elapse(max(0.0, began_s + at_s - world.loop.time()))
+            self.commands.pop(0)
+            await self._command(job, name)
+        await elapse(CALM_S)
+        while world.loop.time() - began_s < CANCEL_S:
+            if job.migration.phase in (Phase.PAUSED, Phase.DEGRADED):
+                await self._command(job, "resume")
+            elif self.scenario.cutover == "manual":
+                await self._command(job, "cutover")
+            await elapse(3.0)
+        world.violate(f"the job does not end: {job.migration.tell()}")
+
+    async def _command(self, job: Job, name: str) -> None:
+        self.world.tell("operator", name)
+        try:
+            if name == "limit":
+                await job.limit(self.rng.choice((0, 2000)))
+            else:
+                await getattr(job, name)()
+        except RefusedError as error:
+            self.world.tell("refused:", error)
+        else:
+            self.cancelled |= name == "cancel"
+
+    def _concluded(self, phase: Phase) -> None:
+        self.world.tell("the job ended:", phase.value)
+        if self.ended not in (None, phase):
+            self.world.violate(f"the job ended {self.ended.value}, and now {phase.value}")
+        self.ended = phase
+
+    # What the engine is given
+
+    def _places(self) -> Places:
+        world, scenario = self.world, self.scenario
+        return Places(
+            SimPlace(
+                world, self.source_names, "disk", "source", scenario.source_able,
+                committed=self.committed, device=scenario.source_device,
+            ),
+            SimPlace(
+                world, self.target_names, "disk", "target", scenario.target_able,
+                committed=self.committed, device=scenario.target_device,
+            ),
+        )  # fmt: skip
+
+    def _request(self) -> JobRequest:
+        scenario = self.scenario
+        return JobRequest(
+            JOB_ID, "disk", "/source/disk", "/target/disk", keep_source=scenario.keep_source,
+            verify=scenario.verify, limit=scenario.limit, mode=scenario.mode,
+            cutover=scenario.cutover,
+        )  # fmt: skip
+
+    def _around(self) -> Surroundings:
+        return Surroundings(
+            wall=self.world.loop.time,
+            moved=self._moved,
+            adopt=lambda work: self._adopted.append(self.world.loop.create_task(work)),
+            changed=self._changed,
+            settings=self.scenario.settings,
+        )
+
+    async def _moved(self, location: str) -> None:
+        await self.world.call("store", "moved", [lambda: setattr(self, "location", location)])
+
+    def _changed(self, job: Job) -> None:
+        migration = job.migration
+        self.phases.add(migration.phase.value)
+        self.world.tell("phase", migration.phase.value, ":", migration.story[-1].reason)
+
+    # What guests complain about
+
+    def slow(self, took_s: float) -> None:
+        if took_s > LATENCY_MAX_S and Kind.COMMIT not in self.files.kinds:
+            self.world.violate(f"a guest's request took {took_s:.2f} s before the commit")
+
+    def guest_failed(self, doing: str, error: OSError) -> None:
+        hit = {who for who, _ in self.world.faults_hit}
+        if "source" in hit or ("store", "write_log") in self.world.faults_hit:
+            return
+        if ("store", "sync_write_log") in self.world.faults_hit:
+            return
+        if "target" in hit and Kind.COMMIT in self.files.kinds:
+            return
+        self.world.violate(f"a guest's {doing} failed: {error}")
+
+    # The end
+
+    def _at_the_end(self) -> None:
+        for check in (self._check_ending, self._check_names, self._check_content):
+            wrong = check()
+            if wrong is not None:
+                self.world.violate(f"at the end ({self.ended}): {wrong}")
+                return
+        power = self.rng.random() < 0.5
+        self.world.crash(power)
+        self._after_crash()
+
+    def _check_ending(self) -> str | None:
+        outcome = self.outcome()
+        if self.ended is Phase.DONE:
+            if outcome.authority is not Authority.TARGET or not outcome.finished:
+                return f"the journal says {outcome.story}"
+            return None if self.location == "/target/disk" else "the registry was not told"
+        if outcome.state is not State.EMPTY and not outcome.finished:
+            return f"the journal says {outcome.story}"
+        if outcome.authority is not Authority.SOURCE:
+            return f"the journal says {outcome.story}"
+        if self.ended is Phase.CANCELLED:
+            return None if self.cancelled else "nobody cancelled it"
+        hit = {who for who, _ in self.world.faults_hit}
+        if not hit - {"target"}:
+            return f"it failed; faults: {self.world.faults_hit}"
+        return None
+
+    def _check_names(self) -> str | None:
+        scenario = self.scenario
+        source, target = set(self.source_names.names), set(self.target_names.names)
+        done = self.ended is Phase.DONE
+        hit = {who for who, _ in self.world.faults_hit}
+        if (
+            done
+            and self.kept is not None
+            and not scenario.keep_source
+            and "source-place" not in hit
+        ):
+            return f"the source was kept: {self.kept}"
+        kept = not done or scenario.source_device or self.kept is not None
+        if source != ({"disk"} if kept else set()) and "source-place" not in hit:
+            return f"the source's directory has {source}"
+        there = done or scenario.target_device
+        if target != ({"disk"} if there else set()) and "target-place" not in hit:
+            return f"the target's directory has {target}"
+        return None
+
+    def _check_content(self) -> str | None:
+        file = self._authority()
+        if file is None:
+            return "no authority"
+        for index in list(file.forgettable) if not self.checker.shaky else ():
+            file.drop(index)
+        return self.checker.check(bytes(file.view), "at rest")

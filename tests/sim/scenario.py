@@ -1,0 +1,201 @@
+"""What a seed means: one disk, one move, its guests, its operator, its faults and its deaths.
+
+Everything is drawn at once and up front, so that a scenario can be printed, and so that a change
+in the engine doesn't change what is tried.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+from dataclasses import dataclass, field
+
+from mirrord.engine.settings import EngineSettings
+from mirrord.storage.backend import Capabilities
+from tests.sim.disk import BLOCK
+from tests.sim.world import CrashPlan, Fault
+
+# Faults end at the latest then, and the operator then sees to it that the move ends.
+CALM_S = 20.0
+# Where a crash is worth most: at every step that changes a name or a record.
+DECISIONS = (
+    ("store", "create"),
+    ("store", "write_log"),
+    ("store", "sync_write_log"),
+    ("store", "write_map"),
+    ("store", "sync_write_map"),
+    ("store", "read_log"),
+    ("target", "flush"),
+    ("source", "flush"),
+    ("target-place", "create"),
+    ("target-place", "publish"),
+    ("target-place", "withdraw"),
+    ("target-place", "discard"),
+    ("target-place", "find"),
+    ("target-place", "dirsync"),
+    ("source-place", "retire"),
+    ("source-place", "delete"),
+    ("source-place", "dirsync"),
+)
+FAULTY = {
+    "source": ("read", "write", "zeroes", "trim", "flush", "extents"),
+    "target": ("read", "write", "zeroes", "trim", "flush", "extents"),
+    "store": ("write_log", "sync_write_log", "write_map", "sync_write_map"),
+    "target-place": ("publish", "dirsync", "withdraw", "discard"),
+    "source-place": ("retire", "delete", "dirsync"),
+}
+COMMANDS = ("pause", "resume", "cancel", "cutover", "limit")
+
+
+@dataclass(frozen=True)
+class Load:
+    """One guest."""
+
+    requests: int
+    depth: int
+    think_s: float
+    hot: float
+
+
+@dataclass
+class Scenario:
+    """One simulated move."""
+
+    seed: int
+    size: int
+    content: bytes
+    mode: str
+    verify: str
+    cutover: str
+    limit: int
+    keep_source: bool
+    fair: bool  # the event loop keeps asyncio's order
+    settings: EngineSettings
+    source_able: Capabilities
+    target_able: Capabilities
+    source_device: bool
+    target_device: bool
+    loads: list[Load]
+    eager: dict[str, float]
+    slow: dict[str, float]
+    crashes: list[CrashPlan] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    commands: list[tuple[float, str]] = field(default_factory=list)
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether nobody but crashes disturbs it: then it has to end well."""
+        return not self.faults and not any(name == "cancel" for _, name in self.commands)
+
+
+def draw(seed: int) -> Scenario:
+    """Return the scenario of a seed."""
+    rng = random.Random(f"scenario {seed}")
+    chance = rng.random
+    size = rng.randrange(2, 25) * BLOCK * 2
+    if chance() < 0.4:
+        size += rng.randrange(1, 2 * BLOCK)  # the last blocks are short
+    scenario = Scenario(
+        seed=seed,
+        size=size,
+        content=_content(rng, size),
+        mode=rng.choice(("auto", "passes", "mirror", "mirror")),
+        verify=rng.choice(("full", "none")),
+        cutover="manual" if chance() < 0.15 else "auto",
+        limit=rng.choice((0, 0, 0, 1000, 20_000)),
+        keep_source=chance() < 0.15,
+        fair=chance() < 0.25,
+        settings=_settings(rng),
+        source_able=Capabilities(chance() < 0.8, chance() < 0.5, True, True),
+        target_able=Capabilities(chance() < 0.8, chance() < 0.5, True, True),
+        source_device=chance() < 0.1,
+        target_device=chance() < 0.15,
+        loads=_loads(rng),
+        eager={"source": rng.choice((0.0, 0.5, 0.95)), "target": rng.choice((0.0, 0.0, 0.5))},
+        slow={"target": rng.choice((1, 1, 3, 10)), "source": rng.choice((1, 1, 1, 4))},
+    )
+    if chance() < 0.65:
+        scenario.crashes = [_crash(rng) for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))]
+    if chance() < 0.35:
+        scenario.faults = [_fault(rng) for _ in range(rng.choice((1, 1, 2, 3)))]
+    if chance() < 0.3:
+        scenario.commands = sorted(
+            (rng.choice((0.02, 0.2, 1.0, 4.0)) * chance(), rng.choice(COMMANDS))
+            for _ in range(rng.randrange(1, 5))
+        )
+    return scenario
+
+
+def _content(rng: random.Random, size: int) -> bytes:
+    """Return what the disk holds at first: data with holes."""
+    full = rng.choice((0.0, 0.3, 0.7, 1.0))
+    content = bytearray()
+    while len(content) < size:
+        length = BLOCK * rng.randrange(1, 5)
+        content += rng.randbytes(length) if rng.random() < full else bytes(length)
+    return bytes(content[:size])
+
+
+def _settings(rng: random.Random) -> EngineSettings:
+    return EngineSettings(
+        chunk_bytes=rng.choice((32, 32, 64, 16)),
+        region_bytes=rng.choice((32, 64, 128)),
+        zero_bytes=rng.choice((8, 16, 32)),
+        scan_bytes=rng.choice((32, 128)),
+        checkpoint_s=rng.choice((0.01, 0.05, 0.5)),
+        checkpoint_bytes=rng.choice((64, 256)),
+        hot_checkpoints=rng.choice((0, 0, 1, 3)),
+        target_budget_s=0.5,
+        target_stall_s=1.0,
+        gate_s=0.5,
+        retry_first_s=0.05,
+        retry_max_s=1.0,
+        target_attempts_max=rng.choice((2, 4)),
+        space_probe_s=0.5,
+        sample_s=0.1,
+        verify_passes_max=rng.choice((1, 3)),
+        verify_width=2,
+        drain_s=0.3,
+        watch_s=1.0,
+    )
+
+
+def _loads(rng: random.Random) -> list[Load]:
+    return [
+        Load(
+            requests=rng.choice((5, 20, 40, 80)),
+            depth=rng.choice((1, 2, 4)),
+            think_s=rng.choice((0.0, 0.002, 0.02)),
+            hot=rng.choice((0.2, 0.7)),
+        )
+        for _ in range(rng.choice((0, 1, 1, 1, 2)))
+    ]
+
+
+def _crash(rng: random.Random) -> CrashPlan:
+    power = rng.random() < 0.5
+    if rng.random() < 0.45:
+        return CrashPlan(power, int(rng.expovariate(1 / 120)) + 1)
+    who, operation = rng.choice(DECISIONS)
+    return CrashPlan(
+        power, rng.choice((1, 1, 1, 2, 2, 3, 4)), who, operation, rng.choice(("before", "after"))
+    )
+
+
+def _fault(rng: random.Random) -> Fault:
+    who = rng.choice(("source", "target", "target", "target", "store", *FAULTY))
+    operation = rng.choice(FAULTY[who])
+    for_ever = rng.random() < 0.3
+    fault = Fault(
+        who,
+        operation,
+        rng.choice((1, 1, 2, 3, 5, 9)),
+        errno=errno.EIO,
+        until_s=rng.choice((0.5, 3.0, CALM_S)) if for_ever else 0.0,
+    )
+    if who.startswith("target") and operation != "flush" and rng.random() < 0.3:
+        fault.errno = errno.ENOSPC
+    if who == "target" and rng.random() < 0.25:
+        fault.hang_s = rng.choice((0.4, 1.5, 10.0))
+        fault.until_s = 0.0
+    return fault
