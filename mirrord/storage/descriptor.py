@@ -25,8 +25,7 @@ import asyncio
 import errno
 import fcntl
 import os
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from mirrord.core.geometry import KIB, MIB, Extent, Status, round_down, round_up, split
@@ -77,6 +76,7 @@ class DescriptorBackend(Backend):
         self._unit = unit_bytes
         # Where a range to be zeroed must begin and end to be left to fallocate.
         self._zero_unit = PAGE_BYTES if self._direct else 1
+        self._zeroes_any_end = True  # ... though it may always end where the disk ends
         whole = self.size % unit_bytes == 0
         self._direct_end = self.size if whole else round_down(self.size, PAGE_BYTES)
         self._punches = capabilities.punches_holes
@@ -179,8 +179,16 @@ class DescriptorBackend(Backend):
             await self._io.write(self._descriptor, offset, data, dsync=fua)
 
     async def _write_aligned(self, offset: int, data: Buffer, dsync: bool) -> None:
-        async with self._beside_edges():
+        while self._edges.locked():
+            async with self._edges:
+                pass  # first come, first served; then look again
+        self._aligned_writes += 1
+        try:
             await self._io.write_direct(self._descriptor, offset, data, dsync=dsync)
+        finally:
+            self._aligned_writes -= 1
+            if self._aligned_ended is not None and not self._aligned_writes:
+                self._let_edge_go_on()
 
     async def _write_pieces(self, offset: int, data: bytes, dsync: bool) -> None:
         """Write any range past the page cache; the tail's page through it."""
@@ -210,20 +218,10 @@ class DescriptorBackend(Backend):
             content[offset - block : offset - block + len(data)] = data
             await self._io.write_direct(self._descriptor, block, content, dsync=dsync)
 
-    @asynccontextmanager
-    async def _beside_edges(self) -> AsyncIterator[None]:
-        """Be in flight as an aligned change: never together with a read-modify-write."""
-        while self._edges.locked():
-            async with self._edges:
-                pass  # first come, first served; then look again
-        self._aligned_writes += 1
-        try:
-            yield
-        finally:
-            self._aligned_writes -= 1
-            ended = self._aligned_ended
-            if ended is not None and not self._aligned_writes and not ended.done():
-                ended.set_result(None)
+    def _let_edge_go_on(self) -> None:
+        ended, self._aligned_ended = self._aligned_ended, None
+        if ended is not None and not ended.done():
+            ended.set_result(None)
 
     # Zeroes and holes.
 
@@ -240,7 +238,11 @@ class DescriptorBackend(Backend):
     async def _zero(self, offset: int, length: int, *, fua: bool, punch: bool, fast: bool) -> None:
         end = offset + length
         start = min(round_up(offset, self._zero_unit), end)
-        stop = end if end == self.size else max(start, round_down(end, self._zero_unit))
+        stop = max(start, round_down(end, self._zero_unit))
+        if end == self.size and self._zeroes_any_end:
+            stop = end
+        if fast and not self.capabilities.fast_zeroes:
+            raise OSError(errno.ENOTSUP, "zeroes are not faster than writing here")
         if stop > start and not await self._allocate_zeroes(start, stop - start, punch):
             if fast:
                 raise OSError(errno.ENOTSUP, "zeroes are not faster than writing here")
@@ -262,13 +264,10 @@ class DescriptorBackend(Backend):
         return self._zeroes_ranges
 
     async def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        # Whole pages, or the file's end: a read-modify-write has no block in common with it.
         mode |= FALLOC_KEEP_SIZE
         try:
-            if self._direct:
-                async with self._beside_edges():
-                    await self._io.fallocate(self._descriptor, mode, offset, length)
-            else:
-                await self._io.fallocate(self._descriptor, mode, offset, length)
+            await self._io.fallocate(self._descriptor, mode, offset, length)
         except OSError as error:
             if error.errno in _UNSUPPORTED:
                 return False

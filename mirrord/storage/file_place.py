@@ -192,6 +192,11 @@ class FilePlace(Place):
                 f"there is no directory {directory} ({error.strerror}): create it first",
             ) from error
         self._refuse_existing(source)
+        if f"{parent.path}/".startswith("/dev/") and not parent.path.startswith("/dev/shm"):
+            raise RefusedError(
+                "location-missing",
+                f"there is no device {self.location}: check the name, or attach the device",
+            )
         if not parent.writable():
             raise RefusedError(
                 "directory-not-writable",

@@ -82,8 +82,10 @@ def _hidden_name(name: str, ending: str) -> str:
     return f".{name}{ending}"
 
 
-def open_inode(directory: int, name: str, *, block_device: bool = False) -> int:
+def open_inode(directory: int | None, name: str, *, block_device: bool = False) -> int:
     """Return an O_PATH descriptor of a regular file (or a block device).
+
+    Without a directory the name is an absolute path.
 
     Raises:
         NotADiskError: it is something else, a symbolic link included.
