@@ -73,7 +73,7 @@ _RETURN: dict[Event, Phase] = {
 MOVES: dict[Phase, dict[Event, Phase]] = {
     Phase.QUEUED: {
         Event.STARTED: Phase.COPYING,
-        Event.RESUMED: Phase.CATCHING_UP,
+        **_RETURN,
         Event.COMMITTED: Phase.RETIRING,
         Event.CANCEL_REQUESTED: Phase.CANCELLED,
         Event.ABORTED: Phase.FAILED,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from errno import ESTALE
 from typing import TYPE_CHECKING, Any
 
 from mirrord.core.geometry import Status
@@ -42,7 +43,10 @@ async def catching_up(job: Job) -> Outcome:
     job.sample()
     remaining = job.bitmap.remaining()
     copy_rate, dirty_rate = job.rates.copy, job.rates.dirty
-    pays, why = pass_pays(remaining, copy_rate, dirty_rate)
+    if copy_rate:
+        pays, why = pass_pays(remaining, copy_rate, dirty_rate)
+    else:  # after a restart, or a bulk pass too short to measure
+        pays, why = True, f"{format_bytes(remaining)} to copy at a rate not known yet"
     if job.request.mode == "mirror":
         return Event.MIRROR_CHOSEN, "mirroring, as asked"
     if remaining == 0:
@@ -141,11 +145,12 @@ async def paused(job: Job) -> Outcome:
 async def degraded(job: Job) -> Outcome:
     """Try a failing target again, with growing delays."""
     job.resumed.clear()
-    job.attempts += 1
-    if job.attempts > job.settings.target_attempts_max:
-        attempts = job.settings.target_attempts_max
-        return Event.PAUSE_REQUESTED, f"{attempts} attempts failed, the last: {job.reason}"
     while True:
+        job.attempts += 1
+        if job.attempts > job.settings.target_attempts_max:
+            attempts = job.settings.target_attempts_max
+            job.space_wanted = False
+            return Event.PAUSE_REQUESTED, f"{attempts} attempts failed, the last: {job.reason}"
         try:
             async with asyncio.timeout(_backoff_s(job)):
                 await job.resumed.wait()
@@ -202,6 +207,8 @@ async def _works_again(job: Job) -> bool:
             await job.copier.try_one()
             await job.tracker.flush_target()
     except TimeoutError:
+        # A target that hangs may come back in an hour: that is no reason to give up.
+        job.attempts = max(0, job.attempts - 1)
         job.reason = "the target does not answer"
         return False
     except TargetError as error:
@@ -233,6 +240,8 @@ async def _withdraw(job: Job) -> None:
 def meaning(error: SideError) -> Outcome:
     """Return the event that trouble with a side is, and the reason to show."""
     if isinstance(error, SourceError):
+        return Event.ABORTED, str(error)
+    if error.errno == ESTALE:
         return Event.ABORTED, str(error)
     if error.errno in NO_SPACE:
         return Event.SPACE_EXHAUSTED, f"no space at the target: {error}"

@@ -1,6 +1,6 @@
 """The cutover: the one durable step after which the target is the truth.
 
-    prepare   flush the target, clear marks, publish the final name   may fail, may take long
+    prepare   flush the target, publish the final name   may fail, may take long
     gate      new mutations wait, reads go on
     drain     every mutation in flight ends
     check     nothing dirty, still mirroring, nobody wants to leave
@@ -92,9 +92,11 @@ class Cutover:
 
     async def _prepare(self) -> Outcome | None:
         """Do everything that can fail or wait, so that the gate is closed for almost nothing."""
-        await self._tracker.checkpoint()
+        await self._tracker.flush_target()
         try:
             await self._place.publish(self._job_id)
+        except FileNotFoundError:
+            return Event.ABORTED, f"somebody removed the target {self._place.location}"
         except FileExistsError:
             return Event.ABORTED, f"something else took the target's name: {self._place.location}"
         except OSError as error:

@@ -208,7 +208,8 @@ class Job:
         self._refuse_unless_reversible("limit")
         await self._set(limit=rate)
         self._bucket.set_rate(rate, asyncio.get_running_loop().time())
-        self.copier.wake()
+        if self.tracker is not None:
+            self.copier.wake()
 
     # The life of a job
 
@@ -280,7 +281,8 @@ class Job:
             return Event.STARTED, "nothing was copied yet"
         remaining = self.bitmap.remaining()
         of = f" of {format_bytes(self.progress.bytes_total)}" if self.progress.bytes_total else ""
-        return Event.RESUMED, f"resumed after a restart: {format_bytes(remaining)}{of} are left"
+        event = Event.RESUMED if self.progress.passes else Event.RESUMED_IN_BULK
+        return event, f"resumed after a restart: {format_bytes(remaining)}{of} are left"
 
     def _enter(self, event: Event, reason: str) -> None:
         phase = self.migration.handle(event, reason, self.around.wall())

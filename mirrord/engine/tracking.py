@@ -66,13 +66,16 @@ class Locks:
                 await waiting
             except asyncio.CancelledError:
                 self._waiting.pop(ticket, None)
-                self.release(ticket)
+                self._wake(self._ranges.cancel(ticket))
                 raise
         return ticket
 
     def release(self, ticket: Ticket) -> None:
         """Give the range to whoever waits for it."""
-        for granted in self._ranges.release(ticket):
+        self._wake(self._ranges.release(ticket))
+
+    def _wake(self, tickets: list[Ticket]) -> None:
+        for granted in tickets:
             waiting = self._waiting.pop(granted, None)
             if waiting is not None and not waiting.done():
                 waiting.set_result(None)

@@ -61,16 +61,13 @@ class Verifier:
         for _ in range(self._settings.verify_passes_max):
             if not digests.unverified():
                 break
-            await self._flush_target()
+            # A clean cache: what is read past it is what is stored.
+            await self._tracker.flush_target()
             mismatches, compared = await self._walk()
             chunks += compared
             if mismatches:
                 return Verdict(tuple(mismatches), chunks, digests.unverified())
         return Verdict((), chunks, digests.unverified())
-
-    async def _flush_target(self) -> None:
-        """Make the target's cache clean, so that reading past it reads what is stored."""
-        await self._tracker.checkpoint()
 
     async def _walk(self) -> tuple[list[int], int]:
         mismatches: list[int] = []
