@@ -36,13 +36,14 @@ from xxhash import xxh3_64_intdigest as xxh3
 from mirrord.core.geometry import KIB, MIB, round_up
 from mirrord.errors import DamagedError, RefusedError
 
-# 256 records of one block. A move writes four; each re-creation of a target adds one.
+# 256 records of one block. A move writes four; each target created again and each change by the
+# operator adds one.
 CAPACITY_BYTES = MIB
 BLOCK_BYTES = 4 * KIB
 WORD_BYTES = 8  # what a power cut never divides, except at the end of what was written
 # A payload holds a few paths (4 KiB each at most) and a summary; 16 such records always fit.
 PAYLOAD_BYTES_MAX = 64 * KIB - 64
-# Room that PREP must leave: COMMIT, RETIRED, ABORT and DONE of the largest size.
+# Room that PREP and SET must leave: COMMIT, RETIRED, ABORT and DONE of the largest size.
 RESERVED_BYTES = 4 * 64 * KIB
 
 MAGIC = b"mirJ"
@@ -166,7 +167,7 @@ def append(log: Log, kind: Kind, payload: Payload) -> tuple[bytes, Log]:
     """Return the bytes to write at `log.end`, and the log as it is once they are durable.
 
     Raises: DamagedError when the record may not follow (a bug of the caller: nothing is written);
-    RefusedError (`journal-full`) when there is no room, which only PREP can meet.
+    RefusedError (`journal-full`) when there is no room, which only PREP and SET can meet.
     """
     record = Record(len(log.records), kind, payload)
     fold((*log.records, record))
@@ -175,7 +176,7 @@ def append(log: Log, kind: Kind, payload: Payload) -> tuple[bytes, Log]:
     data = encode(record.sequence, kind, payload)
     reserved = RESERVED_BYTES if kind in (Kind.PREP, Kind.SET) else 0
     if log.end + len(data) + reserved > CAPACITY_BYTES:
-        raise RefusedError("journal-full", "the job's journal has no room for another start")
+        raise RefusedError("journal-full", "the job's journal has no room for another change")
     return data, Log((*log.records, record), log.end + len(data))
 
 
@@ -274,7 +275,7 @@ def _record(data: bytes, position: int, length: int, sequence: int) -> Record:
     stop = position + round_up(HEADER_BYTES + length, BLOCK_BYTES)
     if stored != sequence:
         raise DamagedError(f"the record at {position} has number {stored} instead of {sequence}")
-    if any(data[start + length : stop]):
+    if data[start + length : stop].strip(b"\0"):
         raise DamagedError(f"the record at {position} is followed by bytes that nobody wrote")
     try:
         payload = msgspec.json.decode(data[start : start + length], type=Payload)

@@ -1,0 +1,475 @@
+"""The two maps, against models that are too simple to be wrong."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from mirrord.core.bitmap import (
+    BITMAP_MAX_BYTES,
+    PAGE_BITS,
+    PAGE_BYTES,
+    DirtyBitmap,
+    IntentMap,
+    Pages,
+    bitmap_bytes_for,
+    granularity_for,
+    map_bytes_for,
+)
+from mirrord.core.geometry import GIB, KIB, MIB, TIB
+
+BLOCK = 4 * KIB
+BLOCKS = 37
+SIZE = (BLOCKS - 1) * BLOCK + 512  # the last block is short
+
+
+def fresh(size: int = SIZE) -> DirtyBitmap:
+    return DirtyBitmap(size, bytearray(bitmap_bytes_for(size)))
+
+
+# -- sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "granularity", "bitmap_bytes"),
+    [
+        (1, 4 * KIB, 1),
+        (32 * KIB, 4 * KIB, 1),
+        (32 * KIB + 1, 4 * KIB, 2),
+        (TIB, 4 * KIB, 32 * MIB),
+        (TIB + 1, 8 * KIB, 16 * MIB + 1),
+        (16 * TIB, 64 * KIB, 32 * MIB),
+    ],
+)
+def test_granularity_grows_with_the_disk(size: int, granularity: int, bitmap_bytes: int) -> None:
+    assert granularity_for(size) == granularity
+    assert bitmap_bytes_for(size) == bitmap_bytes
+
+
+@given(st.integers(1, 1 << 62))
+def test_a_bitmap_covers_the_disk_and_stays_small(size: int) -> None:
+    assert bitmap_bytes_for(size) <= BITMAP_MAX_BYTES
+    assert bitmap_bytes_for(size) * 8 * granularity_for(size) >= size
+
+
+def test_a_bitmap_needs_a_disk_and_room() -> None:
+    with pytest.raises(ValueError, match="at least one byte"):
+        DirtyBitmap(0, bytearray(8))
+    with pytest.raises(ValueError, match="needs 2 bytes"):
+        DirtyBitmap(33 * KIB, bytearray(1))
+
+
+# -- the dirty bitmap, by example
+
+
+def test_a_new_bitmap_believes_its_buffer() -> None:
+    buffer = bytearray(b"\xff" * 8)
+    bitmap = DirtyBitmap(SIZE, memoryview(buffer))
+    assert bitmap.remaining() == bitmap.todo() == SIZE
+    bitmap.clear()
+    assert buffer == bytes(5) + b"\xff" * 3  # what is behind the bitmap is someone else's
+    bitmap.mark(BLOCK, 1)
+    assert buffer[0] == 0b10
+    assert DirtyBitmap(SIZE, buffer).take(0, MIB) == (BLOCK, BLOCK)
+
+
+def test_taking_walks_over_runs_in_pieces() -> None:
+    bitmap = fresh()
+    bitmap.mark(BLOCK + 100, 3 * BLOCK)
+    assert bitmap.take(0, 2 * BLOCK) == (BLOCK, 2 * BLOCK)
+    assert bitmap.take(3 * BLOCK, 1) == (3 * BLOCK, BLOCK)  # at least one block
+    assert bitmap.take(4 * BLOCK, MIB) == (4 * BLOCK, BLOCK)
+    assert bitmap.take(5 * BLOCK, MIB) is None
+    bitmap.mark(0, 1)
+    assert bitmap.take(BLOCK, MIB) is None  # behind the cursor
+    assert bitmap.remaining() == 5 * BLOCK
+    assert bitmap.todo() == BLOCK
+
+
+def test_the_last_block_may_be_short() -> None:
+    bitmap = fresh()
+    bitmap.mark(SIZE - 1, 1)
+    assert bitmap.remaining() == 512
+    assert bitmap.take(0, MIB) == (SIZE - 512, 512)
+    bitmap.mark(0, 1)
+    assert bitmap.take(SIZE, MIB) is None
+    bitmap.copied(SIZE - 512, 512)
+    assert bitmap.remaining() == BLOCK
+
+
+def test_a_write_during_a_copy_stays_dirty() -> None:
+    bitmap = fresh()
+    bitmap.mark_all()
+    assert bitmap.take(0, 4 * BLOCK) == (0, 4 * BLOCK)
+    bitmap.mark(BLOCK, BLOCK)
+    bitmap.copied(0, 4 * BLOCK, keep=[(2 * BLOCK + 5, 1), (9 * BLOCK, BLOCK)])
+    assert bitmap.runs(0, 4 * BLOCK) == [
+        (0, BLOCK, False), (BLOCK, 2 * BLOCK, True), (3 * BLOCK, BLOCK, False)
+    ]  # fmt: skip
+    assert bitmap.take(0, MIB)[0] == BLOCK  # type: ignore[index]
+    bitmap.validate()
+
+
+def test_a_copy_of_part_of_a_block_cleans_nothing() -> None:
+    bitmap = fresh()
+    bitmap.mark_all()
+    bitmap.take(0, MIB)
+    bitmap.copied(1, BLOCK)
+    assert bitmap.remaining() == SIZE
+
+
+def test_a_mirrored_write_of_part_of_a_block_cleans_only_what_was_clean() -> None:
+    bitmap = fresh()
+    bitmap.mark(0, 1)
+    for offset in (0, 2 * BLOCK):
+        was_clean = bitmap.clean(offset, 512)
+        bitmap.hold(offset, 512)
+        bitmap.unmark(offset, 512, was_clean=was_clean)
+    assert bitmap.runs(0, 3 * BLOCK) == [(0, BLOCK, True), (BLOCK, 2 * BLOCK, False)]
+    bitmap.unmark(0, 512)
+    assert bitmap.dirty()
+    bitmap.unmark(0, BLOCK)
+    assert not bitmap.dirty()
+
+
+def test_what_is_held_is_dirty_but_not_to_copy() -> None:
+    bitmap = fresh()
+    bitmap.hold(BLOCK, BLOCK)
+    assert bitmap.dirty()
+    assert bitmap.take(0, MIB) is None
+    bitmap.mark(BLOCK, BLOCK)
+    assert bitmap.take(0, MIB) == (BLOCK, BLOCK)
+
+
+def test_runs_are_clipped_and_may_stop_early() -> None:
+    bitmap = fresh()
+    bitmap.mark(BLOCK, BLOCK)
+    assert bitmap.runs(BLOCK - 7, 10) == [(BLOCK - 7, 7, False), (BLOCK, 3, True)]
+    assert bitmap.runs(0, SIZE, runs_max=2) == [(0, BLOCK, False), (BLOCK, BLOCK, True)]
+
+
+def test_regions_are_clipped_to_the_disk() -> None:
+    bitmap = fresh()
+    bitmap.mark(SIZE - 1, 1)
+    assert not bitmap.region_dirty(0, 16 * BLOCK)
+    assert bitmap.region_dirty(2, 16 * BLOCK)
+
+
+def test_dirtied_bytes_counts_what_must_be_copied_again() -> None:
+    bitmap = fresh()
+    bitmap.mark(0, BLOCK)
+    bitmap.mark(0, BLOCK)
+    assert bitmap.dirtied_bytes == BLOCK
+    bitmap.mark(0, 3 * BLOCK)
+    assert bitmap.dirtied_bytes == 3 * BLOCK
+    bitmap.take(0, MIB)
+    bitmap.mark(0, 1)
+    assert bitmap.dirtied_bytes == 4 * BLOCK
+    bitmap.put_back(0, 3 * BLOCK)
+    assert bitmap.dirtied_bytes == 4 * BLOCK
+
+
+# -- the dirty bitmap, as a machine
+
+ranges = st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE)).map(
+    lambda pair: (pair[0], min(pair[1], SIZE - pair[0]))
+)
+block_ranges = st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, 8)).map(
+    lambda pair: (pair[0] * BLOCK, min(pair[1] * BLOCK, SIZE - pair[0] * BLOCK))
+)
+some_ranges = st.one_of(ranges, block_ranges)
+
+
+def touched(offset: int, length: int) -> set[int]:
+    return set(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
+
+
+def inside(offset: int, length: int) -> set[int]:
+    end = offset + length
+    return {
+        block
+        for block in range(BLOCKS)
+        if block * BLOCK >= offset and min(SIZE, (block + 1) * BLOCK) <= end
+    }
+
+
+class BitmapMachine(RuleBasedStateMachine):
+    """`DirtyBitmap` against two sets of block numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = bytearray(bitmap_bytes_for(SIZE))
+        self.bitmap = DirtyBitmap(SIZE, self.buffer)
+        self.mapped: set[int] = set()
+        self.todo: set[int] = set()
+
+    @rule(where=some_ranges)
+    def mark(self, where: tuple[int, int]) -> None:
+        before = self.bitmap.dirtied_bytes
+        self.bitmap.mark(*where)
+        assert self.bitmap.dirtied_bytes - before == BLOCK * len(touched(*where) - self.todo)
+        self.mapped |= touched(*where)
+        self.todo |= touched(*where)
+
+    @rule(where=some_ranges)
+    def hold(self, where: tuple[int, int]) -> None:
+        self.bitmap.hold(*where)
+        self.mapped |= touched(*where)
+
+    @rule(where=some_ranges, was_clean=st.booleans())
+    def unmark(self, where: tuple[int, int], was_clean: bool) -> None:
+        self.bitmap.unmark(*where, was_clean=was_clean)
+        blocks = touched(*where) if was_clean else inside(*where)
+        self.mapped -= blocks
+        self.todo -= blocks
+
+    @rule(cursor=st.integers(0, BLOCKS), length_max=st.integers(1, 9 * BLOCK))
+    def take(self, cursor: int, length_max: int) -> None:
+        taken = self.bitmap.take(min(SIZE, cursor * BLOCK), length_max)
+        ahead = sorted(block for block in self.todo if block >= cursor)
+        if taken is None:
+            assert not ahead
+            return
+        offset, length = taken
+        blocks = touched(offset, length)
+        assert inside(offset, length) == blocks
+        assert min(blocks) == ahead[0]
+        assert blocks <= self.todo
+        assert len(blocks) == 1 or length <= length_max
+        full = len(blocks) == max(1, length_max // BLOCK)
+        assert full or max(blocks) + 1 not in self.todo
+        self.todo -= blocks
+
+    @rule(where=some_ranges)
+    def put_back(self, where: tuple[int, int]) -> None:
+        self.bitmap.put_back(*where)
+        self.mapped |= touched(*where)
+        self.todo |= touched(*where)
+
+    @rule(where=some_ranges, keep=st.lists(some_ranges, max_size=3))
+    def copied(self, where: tuple[int, int], keep: list[tuple[int, int]]) -> None:
+        blocks = inside(*where)
+        stay = (self.todo | set[int]().union(*(touched(*kept) for kept in keep))) & blocks
+        self.bitmap.copied(*where, keep)
+        # What the caller keeps was marked by it, so it is mapped anyway: no bit is ever added.
+        self.mapped -= blocks - stay
+
+    @rule()
+    def mark_all(self) -> None:
+        self.bitmap.mark_all()
+        self.mapped = set(range(BLOCKS))
+        self.todo = set(range(BLOCKS))
+
+    @rule()
+    def clear(self) -> None:
+        self.bitmap.clear()
+        self.mapped.clear()
+        self.todo.clear()
+
+    @rule(blocks=st.sets(st.integers(0, BLOCKS - 1), max_size=8))
+    def reset(self, blocks: set[int]) -> None:
+        self.bitmap.reset([(block * BLOCK, 1) for block in sorted(blocks)])
+        self.mapped = set(blocks)
+        self.todo = set(blocks)
+
+    @rule()
+    def kill(self) -> None:
+        self.bitmap = DirtyBitmap(SIZE, self.buffer)
+        self.todo = set(self.mapped)
+
+    @rule(where=some_ranges)
+    def runs(self, where: tuple[int, int]) -> None:
+        runs = self.bitmap.runs(*where)
+        assert runs[0][0] == where[0]
+        assert sum(length for _, length, _ in runs) == where[1]
+        for (offset, length, dirty), (after, _, other) in pairwise(runs):
+            assert after == offset + length
+            assert other != dirty
+        for offset, length, dirty in runs:
+            assert touched(offset, length) & self.mapped == (
+                touched(offset, length) if dirty else set()
+            )
+
+    @rule(where=some_ranges)
+    def clean(self, where: tuple[int, int]) -> None:
+        assert self.bitmap.clean(*where) == (not touched(*where) & self.mapped)
+
+    @invariant()
+    def agrees(self) -> None:
+        self.bitmap.validate()
+        assert self.bitmap.dirty() == bool(self.mapped)
+        for count, blocks in (
+            (self.bitmap.remaining(), self.mapped),
+            (self.bitmap.todo(), self.todo),
+        ):
+            assert count == sum(512 if block == BLOCKS - 1 else BLOCK for block in blocks)
+
+
+TestDirtyBitmap = BitmapMachine.TestCase
+TestDirtyBitmap.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+# -- the intent map, by example
+
+
+def test_the_intent_map_of_a_terabyte_is_small() -> None:
+    assert map_bytes_for(TIB) == 128 * KIB
+    assert map_bytes_for(1) == PAGE_BYTES
+    with pytest.raises(ValueError, match="at least one byte"):
+        IntentMap(0)
+
+
+def test_a_new_map_is_all_ones_and_not_durable_yet() -> None:
+    intent = IntentMap(3 * MIB + 1)
+    assert intent.count == intent.marked_count() == 4
+    assert list(intent.marked_regions()) == [0, 1, 2, 3]
+    assert intent.ranges() == [(0, 3 * MIB + 1)]
+    assert not intent.marked(0, 1)
+    content = intent.content()
+    assert content == b"\x0f" + bytes(PAGE_BYTES - 1)
+    assert intent.pages() == [(0, content)]
+    intent.made_durable([(0, content)])
+    assert intent.marked(0, 3 * MIB + 1)
+    assert intent.pages() == intent.cleared_pages() == []
+
+
+def test_a_stored_map_is_believed_a_short_one_is_not() -> None:
+    stored = b"\x05" + b"\xff" * (PAGE_BYTES - 1)  # bits behind the last region mean nothing
+    intent = IntentMap(4 * MIB, initial=stored)
+    assert intent.ranges() == [(0, MIB), (2 * MIB, MIB)]
+    assert intent.marked(2 * MIB, MIB)
+    assert not intent.marked(0, 2 * MIB)
+    assert intent.wanted(0)
+    assert not intent.wanted(1)
+    lost = IntentMap(4 * MIB, initial=stored[:-1])
+    assert lost.marked_count() == 4
+    assert not lost.marked(0, 1)
+
+
+def test_a_mark_counts_once_it_is_durable() -> None:
+    intent = IntentMap(64 * GIB, initial=bytes(map_bytes_for(64 * GIB)))
+    intent.want(32 * GIB - 1, 2)  # the last region of one page, the first of the next
+    first = intent.pages()
+    assert [offset for offset, _ in first] == [0, PAGE_BYTES]
+    intent.want(0, 1)  # too late for what is being written
+    intent.made_durable(first)
+    assert intent.marked(32 * GIB - 1, 2)
+    assert not intent.marked(0, 1)
+    intent.made_durable(intent.pages())
+    assert intent.marked(0, 1)
+    intent.want(0, 1)
+    assert intent.pages() == []
+
+
+def test_a_failed_write_is_wanted_again() -> None:
+    intent = IntentMap(GIB, initial=bytes(PAGE_BYTES))
+    intent.want(0, 1)
+    assert intent.pages() == intent.pages() != []
+
+
+def test_a_cleared_bit_is_not_durable_at_once() -> None:
+    intent = IntentMap(2 * MIB, initial=b"\x03".ljust(PAGE_BYTES, b"\0"))
+    intent.clear(1)
+    assert not intent.marked(MIB, 1)
+    assert intent.marked(0, 1)
+    stale = intent.cleared_pages()
+    assert stale == [(0, b"\x01".ljust(PAGE_BYTES, b"\0"))]
+    intent.want(MIB, 1)
+    intent.written(stale)
+    assert intent.cleared_pages() != []  # what was written isn't what the map is now
+    intent.made_durable(intent.pages())
+    assert intent.cleared_pages() == []
+
+
+# -- the intent map, as a machine, with storage that may lose what was not flushed
+
+WATCHED = [0, 1, PAGE_BITS - 1, PAGE_BITS, 2 * PAGE_BITS + 4]
+REGIONS = 2 * PAGE_BITS + 5
+
+
+class IntentMachine(RuleBasedStateMachine):
+    """R1: whatever a power cut leaves, each region that counts as marked is marked in it."""
+
+    @initialize(known=st.booleans())
+    def start(self, known: bool) -> None:
+        length = map_bytes_for(REGIONS, 1)
+        self.intent = IntentMap(REGIONS, 1, bytes(length) if known else None)
+        # The values of each bit that a power cut could leave, and what the cache holds.
+        self.possible = {region: {0} if known else {0, 1} for region in WATCHED}
+        self.writing: Pages | None = None
+        self.wanted: set[int] = set() if known else set(WATCHED)
+
+    @rule(region=st.sampled_from(WATCHED))
+    def want(self, region: int) -> None:
+        self.intent.want(region, 1)
+        self.wanted.add(region)
+
+    @rule(region=st.sampled_from(WATCHED))
+    def clear(self, region: int) -> None:
+        self.intent.clear(region)
+        self.wanted.discard(region)
+
+    @precondition(lambda self: self.writing is None)
+    @rule(durable=st.booleans())
+    def begin(self, durable: bool) -> None:
+        pages = self.intent.pages() if durable else self.intent.cleared_pages()
+        for region, bit in self.bits(pages):
+            self.possible[region].add(bit)
+        if durable:
+            self.writing = pages
+        else:
+            self.intent.written(pages)
+
+    @precondition(lambda self: self.writing is not None)
+    @rule(works=st.booleans())
+    def end(self, works: bool) -> None:
+        assert self.writing is not None
+        if works:
+            for region, bit in self.bits(self.writing):
+                self.possible[region] = {bit}
+            self.intent.made_durable(self.writing)
+        self.writing = None
+
+    @rule(data=st.data())
+    def power_cut(self, data: st.DataObject) -> None:
+        left = bytearray(map_bytes_for(REGIONS, 1))
+        for region, bits in self.possible.items():
+            bit = data.draw(st.sampled_from(sorted(bits)))
+            left[region // 8] |= bit << region % 8
+            self.possible[region] = {bit}
+            assert bit or not self.intent.marked(region, 1)
+        self.wanted = {region for region in WATCHED if self.possible[region] == {1}}
+        self.intent = IntentMap(REGIONS, 1, bytes(left))
+        self.writing = None
+
+    @invariant()
+    def what_counts_as_marked_is_durable(self) -> None:
+        for region in WATCHED:
+            if self.intent.marked(region, 1):
+                assert self.possible[region] == {1}
+                assert self.intent.wanted(region)
+            assert self.intent.wanted(region) == (region in self.wanted)
+
+    def teardown(self) -> None:
+        """However it got here, one good write of what is asked for ends all waiting."""
+        if hasattr(self, "intent"):
+            self.intent.made_durable(self.intent.pages())
+            assert self.intent.pages() == []
+            assert all(self.intent.marked(region, 1) for region in self.wanted)
+
+    @staticmethod
+    def bits(pages: Pages) -> list[tuple[int, int]]:
+        return [
+            (region, data[region // 8 - offset] >> region % 8 & 1)
+            for offset, data in pages
+            for region in WATCHED
+            if offset <= region // 8 < offset + len(data)
+        ]
+
+
+TestIntentMap = IntentMachine.TestCase
+TestIntentMap.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

@@ -1,0 +1,56 @@
+"""The arithmetic of ranges."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirrord.core.geometry import Extent, Status, merge, round_down, round_up, split
+
+offsets = st.integers(0, 1 << 62)
+units = st.integers(1, 1 << 40)
+
+
+@given(offsets, units)
+def test_rounding_finds_the_next_multiple(value: int, unit: int) -> None:
+    down, up = round_down(value, unit), round_up(value, unit)
+    assert down % unit == up % unit == 0
+    assert down <= value <= up
+    assert up - down == (0 if value % unit == 0 else unit)
+
+
+@given(st.integers(0, 1000), st.integers(0, 300), st.integers(1, 70))
+def test_pieces_cover_the_range_and_cross_no_multiple(offset: int, length: int, unit: int) -> None:
+    pieces = list(split(offset, length, unit))
+    covered = [byte for start, size in pieces for byte in range(start, start + size)]
+    assert covered == list(range(offset, offset + length))
+    for start, size in pieces:
+        assert size > 0
+        assert start // unit == (start + size - 1) // unit
+    assert len(pieces) <= length // unit + 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(Status)), max_size=20))
+def test_merged_extents_say_the_same_with_fewer(parts: list[tuple[int, Status]]) -> None:
+    extents = []
+    offset = 0
+    for length, status in parts:
+        extents.append(Extent(offset, length, status))
+        offset += length
+    merged = merge(extents)
+
+    def statuses(some: list[Extent]) -> list[Status]:
+        return [one.status for one in some for _ in range(one.offset, one.end)]
+
+    assert statuses(merged) == statuses(extents)
+    assert all(one.length > 0 for one in merged)
+    for one, other in pairwise(merged):
+        assert one.end == other.offset
+        assert one.status is not other.status
+
+
+def test_extents_with_a_gap_stay_apart() -> None:
+    apart = [Extent(0, 4, Status.DATA), Extent(8, 4, Status.DATA)]
+    assert merge(apart) == apart

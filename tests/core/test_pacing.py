@@ -1,0 +1,216 @@
+"""Limits, windows, rates and the decision for another pass, with clocks that the tests turn."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirrord.core.geometry import GIB, MIB
+from mirrord.core.pacing import (
+    BURST_BYTES,
+    DEBT_MAX_S,
+    WINDOW_MAX_BYTES,
+    Rates,
+    TokenBucket,
+    Window,
+    eta,
+    pass_pays,
+)
+
+# -- the limit
+
+
+def test_without_a_limit_nothing_waits() -> None:
+    bucket = TokenBucket(0, 0.0)
+    for _ in range(5):
+        bucket.charge(GIB, 0.0)
+        assert bucket.delay_s(GIB, 0.0) == 0.0
+
+
+def test_the_burst_goes_at_once_and_the_rest_at_the_rate() -> None:
+    bucket = TokenBucket(MIB, 10.0)
+    assert bucket.delay_s(BURST_BYTES, 10.0) == 0.0
+    bucket.charge(BURST_BYTES, 10.0)
+    assert bucket.delay_s(MIB, 10.0) == pytest.approx(1.0)
+    assert bucket.delay_s(MIB, 10.5) == pytest.approx(0.5)
+    assert bucket.delay_s(MIB, 11.0) == 0.0
+
+
+def test_more_than_the_burst_waits_for_a_full_bucket() -> None:
+    bucket = TokenBucket(MIB, 0.0, burst_bytes=2 * MIB)
+    bucket.charge(MIB, 0.0)
+    assert bucket.delay_s(100 * MIB, 0.0) == pytest.approx(1.0)
+
+
+def test_mirrored_writes_are_paid_for_by_the_copier_within_reason() -> None:
+    bucket = TokenBucket(10 * MIB, 0.0)
+    bucket.charge(BURST_BYTES, 0.0)
+    bucket.charge(5 * MIB, 0.0)
+    assert bucket.delay_s(MIB, 0.0) == pytest.approx(0.6)
+    for _ in range(10):
+        bucket.charge(GIB, 0.0)
+    assert bucket.delay_s(MIB, 0.0) == pytest.approx(DEBT_MAX_S + 0.1)
+
+
+def test_the_rate_changes_at_any_time() -> None:
+    bucket = TokenBucket(MIB, 0.0)
+    bucket.charge(BURST_BYTES, 0.0)
+    assert bucket.delay_s(2 * MIB, 0.0) == pytest.approx(2.0)
+    bucket.set_rate(2 * MIB, 1.0)
+    assert bucket.delay_s(2 * MIB, 1.0) == pytest.approx(0.5)
+    bucket.set_rate(0, 1.0)
+    assert bucket.delay_s(2 * MIB, 1.0) == 0.0
+
+
+def test_a_clock_that_goes_back_gives_nothing_away() -> None:
+    bucket = TokenBucket(MIB, 100.0)
+    bucket.charge(BURST_BYTES, 100.0)
+    assert bucket.delay_s(MIB, 50.0) == pytest.approx(1.0)
+    assert bucket.delay_s(MIB, 100.0) == pytest.approx(1.0)
+
+
+@given(
+    st.integers(1, 100 * MIB),
+    st.lists(st.tuples(st.integers(1, BURST_BYTES), st.floats(0, 10)), min_size=1, max_size=40),
+)
+def test_no_stretch_of_time_gets_more_than_rate_and_burst(
+    rate: int, wishes: list[tuple[int, float]]
+) -> None:
+    bucket = TokenBucket(rate, 0.0)
+    now_s = 0.0
+    sent: list[tuple[float, int]] = []
+    for amount, idle_s in wishes:
+        now_s += idle_s
+        now_s += bucket.delay_s(amount, now_s)
+        assert bucket.delay_s(amount, now_s) == 0.0, "waiting as long as told was not enough"
+        bucket.charge(amount, now_s)
+        sent.append((now_s, amount))
+    for index, (start_s, _) in enumerate(sent):
+        total = 0
+        for at_s, amount in sent[index:]:
+            total += amount
+            assert total <= rate * (at_s - start_s) + BURST_BYTES + 1
+
+
+# -- the window
+
+
+class Storage:
+    """Serves `lanes` chunks at once, each in `chunk_s`; the others wait."""
+
+    def __init__(self, lanes: int, chunk_s: float) -> None:
+        self.lanes = lanes
+        self.chunk_s = chunk_s
+        self.now_s = 0.0
+        self._free_s = [0.0] * lanes
+        self._flight: list[tuple[float, float]] = []
+
+    def run(self, window: Window, chunks: int) -> None:
+        for _ in range(chunks):
+            while not self._flight or (len(self._flight) + 1) * window.chunk_bytes <= window.bytes:
+                self._free_s.sort()
+                ends_s = max(self.now_s, self._free_s[0]) + self.chunk_s
+                self._free_s[0] = ends_s
+                self._flight.append((ends_s, self.now_s))
+            self._flight.sort()
+            self.now_s, started_s = self._flight.pop(0)
+            window.completed(window.chunk_bytes, self.now_s - started_s, self.now_s)
+
+
+def test_a_window_has_a_floor_and_a_ceiling() -> None:
+    assert Window(MIB).bytes == 2 * MIB
+    assert Window(MIB, max_bytes=1).bytes == MIB
+    window = Window(MIB)
+    for step in range(1000):
+        window.completed(MIB, 0.001, step / 1000)
+    assert window.bytes == WINDOW_MAX_BYTES
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 16, 32])
+def test_the_window_keeps_every_lane_busy_and_the_queue_short(lanes: int) -> None:
+    window = Window(MIB)
+    storage = Storage(lanes, 0.01)
+    storage.run(window, 4000)
+    started_s = storage.now_s
+    storage.run(window, 1000)
+    assert 1000 * 0.01 / lanes / (storage.now_s - started_s) > 0.9  # of what it can do
+    assert window.bytes <= (2 * lanes + 8) * MIB
+
+
+def test_the_window_shrinks_when_storage_slows_down() -> None:
+    window = Window(MIB)
+    storage = Storage(16, 0.01)
+    storage.run(window, 2000)
+    wide = window.bytes
+    storage.lanes = 1
+    storage._free_s = [storage.now_s]
+    storage.run(window, 400)
+    assert window.bytes < wide / 2
+
+
+# -- rates and predictions
+
+
+def test_rates_need_two_samples_and_then_follow() -> None:
+    rates = Rates()
+    assert (rates.copy, rates.dirty) == (0.0, 0.0)
+    rates.sample(0, 0, 0.0)
+    rates.sample(5, 5, 0.01)  # too soon: counted with the next
+    assert (rates.copy, rates.dirty) == (0.0, 0.0)
+    rates.sample(100, 50, 1.0)
+    assert (rates.copy, rates.dirty) == (100.0, 50.0)
+    rates.sample(100, 50, 4.0)  # one half-life of silence
+    assert rates.copy == pytest.approx(50.0)
+    assert rates.dirty == pytest.approx(25.0)
+
+
+@given(st.lists(st.floats(0.1, 5), min_size=5, max_size=60), st.integers(1, 10**6))
+def test_a_steady_rate_is_shown_as_it_is(steps: list[float], rate: int) -> None:
+    rates = Rates()
+    now_s = 0.0
+    rates.sample(0, 0, now_s)
+    for step in steps:
+        now_s += step
+        rates.sample(round(now_s * rate), 0, now_s)
+    assert rates.copy == pytest.approx(rate, rel=0.01, abs=11)
+
+
+def test_the_time_left_is_true_or_not_given() -> None:
+    assert eta(0, 0.0, 0.0) == 0.0
+    assert eta(100, 10.0, 0.0) == 10.0
+    assert eta(100, 10.0, 5.0) == 20.0
+    assert eta(100, 10.0, 10.0) is None
+    assert eta(100, 0.0, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("remaining", "copy_rate", "dirty_rate", "pays", "why"),
+    [
+        (10 * GIB, 100 * MIB, 10 * MIB, True,
+         "a pass over 10 GiB at 100 MiB/s would take 1 min 42 s and leave 1 GiB, "
+         "as the guest dirties 10 MiB/s"),
+        (10 * GIB, 100 * MIB, 90 * MIB, False, "too much to pay"),
+        (10 * GIB, 100 * MIB, 0, True, "leave 0 B"),
+        (50 * MIB, 100 * MIB, 0, False, "would take 500 ms, no longer than mirroring will"),
+        (10 * GIB, 0, 0, False, "10 GiB are left and nothing is being copied"),
+    ],
+)  # fmt: skip
+def test_a_pass_must_pay(
+    remaining: int, copy_rate: float, dirty_rate: float, pays: bool, why: str
+) -> None:
+    decided, told = pass_pays(remaining, copy_rate, dirty_rate)
+    assert decided == pays
+    assert why in told
+
+
+@given(st.integers(0, 1 << 50), st.floats(1, 1e12), st.floats(0, 1e12))
+def test_passes_that_pay_come_to_an_end(
+    remaining: int, copy_rate: float, dirty_rate: float
+) -> None:
+    for _ in range(200):
+        pays, _ = pass_pays(remaining, copy_rate, dirty_rate)
+        if not pays:
+            return
+        remaining = int(remaining / copy_rate * dirty_rate)
+    pytest.fail("passes for ever")
