@@ -1,0 +1,446 @@
+"""The command line: one program, `mirrord`. Words in, requests to the daemon, words or JSON out.
+
+Exit codes: 0 done, 1 the job failed, 2 wrong usage, 3 cancelled, 4 refused, 5 no daemon,
+124 timed out, 130 interrupted. An error is one line on standard error (with `--json` an object
+with `code` and `message`) and nothing on standard output. Heavy imports wait until a command
+needs them: `mirrord ls` is typed often and has to be quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+import mirrord
+from mirrord import display
+from mirrord.control.client import Client
+from mirrord.control.messages import AttachRequest, Job, MoveRequest
+from mirrord.core.units import check_name, parse_rate
+from mirrord.errors import MirrordError, RefusedError, UsageError
+from mirrord.waiting import WaitTimeoutError, follow, has_reached
+
+# The classes by which typer tells wrong usage; it doesn't export them by name.
+_CLICK_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+
+EXIT_INTERRUPTED = 130  # as shells report SIGINT
+EXIT_TIMED_OUT = 124  # as timeout(1)
+EXIT_OF_PHASE = {"done": 0, "failed": 1, "cancelled": 3}
+
+app = typer.Typer(
+    name="mirrord",
+    help="Move a virtual machine's disk to another place while the machine keeps using it.",
+    epilog="Exit codes: 0 done, 1 the job failed, 2 wrong usage, 3 cancelled, 4 refused, "
+    "5 no daemon, 124 timed out.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Cache(StrEnum):
+    writeback = "writeback"
+    direct = "direct"
+
+
+class Verify(StrEnum):
+    full = "full"
+    none = "none"
+
+
+class Mode(StrEnum):
+    auto = "auto"
+    passes = "passes"
+    mirror = "mirror"
+
+
+class Cutover(StrEnum):
+    auto = "auto"
+    manual = "manual"
+
+
+class PhaseChoice(StrEnum):
+    queued = "queued"
+    copying = "copying"
+    catching_up = "catching-up"
+    mirroring = "mirroring"
+    verifying = "verifying"
+    cutting_over = "cutting-over"
+    retiring = "retiring"
+    done = "done"
+    paused = "paused"
+    degraded = "degraded"
+    cancelled = "cancelled"
+    failed = "failed"
+
+
+Socket = Annotated[
+    Path | None,
+    typer.Option(
+        "--socket",
+        envvar="MIRRORD_SOCKET",
+        metavar="PATH",
+        help="The daemon's control socket.",
+        show_default="/run/mirrord/control.sock for root, else below $XDG_RUNTIME_DIR",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The disk.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def mirrord_command(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"mirrord {mirrord.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(UsageError.exit_code)
+
+
+@app.command()
+def daemon(
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="F", help="The configuration file.", show_default=False),
+    ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="D", help="What survives a reboot.", show_default=False),
+    ] = None,
+    runtime_dir: Annotated[
+        Path | None, typer.Option(metavar="D", help="The sockets.", show_default=False)
+    ] = None,
+    socket: Socket = None,
+) -> None:
+    """Run the daemon in the foreground. Its end leaves every disk served."""
+    from mirrord.service import daemon as service
+    from mirrord.service.config import read_config
+
+    settings = read_config(config)
+    chosen = {"state_dir": state_dir, "runtime_dir": runtime_dir, "socket": socket}
+    changes = {key: str(path) for key, path in chosen.items() if path is not None}
+    raise typer.Exit(service.run(msgspec.structs.replace(settings, **changes)))
+
+
+@app.command()
+def attach(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the disk will be called.")],
+    location: Annotated[str, typer.Argument(metavar="LOCATION", help="A file or block device.")],
+    cache: Annotated[
+        Cache, typer.Option(help="Go through the page cache or past it.")
+    ] = Cache.writeback,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Guests may not write.")] = False,
+    fuse: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Not yet: appear as a file at PATH.", show_default=False),
+    ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Not yet: appear at LOCATION itself.")
+    ] = False,
+    json: Json = False,
+    socket: Socket = None,
+) -> None:
+    """Serve LOCATION as disk NAME, and print how guests reach it."""
+    check_name(name)
+    if fuse is not None or in_place:
+        option = "--in-place" if in_place else "--fuse"
+        raise RefusedError(
+            "not-supported-yet", f"{option} can't be used yet; guests reach a disk by NBD"
+        )
+    request = AttachRequest(name, absolute(location), cache.value, read_only)
+    disk = _client(socket).attach(request)
+    display.put(disk, json, display.attached)
+
+
+@app.command()
+def ls(json: Json = False, socket: Socket = None) -> None:
+    """List the disks."""
+    display.put(_client(socket).disks(), json, display.disks)
+
+
+@app.command()
+def show(name: Name, json: Json = False, socket: Socket = None) -> None:
+    """Show one disk, with lines to paste for QEMU, libvirt and nbd-client."""
+    display.put(_client(socket).disk(check_name(name)), json, display.disk)
+
+
+@app.command()
+def move(
+    name: Name,
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="A new file, a directory, or a block device."),
+    ],
+    keep_source: Annotated[
+        bool, typer.Option("--keep-source", help="Leave the source where it is.")
+    ] = False,
+    verify: Annotated[
+        Verify | None,
+        typer.Option(
+            help="Compare the target with the source before the cutover.",
+            show_default="the configuration's, full",
+        ),
+    ] = None,
+    limit: Annotated[
+        str | None,
+        typer.Option(metavar="RATE", help="Bytes a second, as in 100M.", show_default="none"),
+    ] = None,
+    mode: Annotated[
+        Mode,
+        typer.Option(help="Passes over what changed, or both sides at once; auto: as it pays."),
+    ] = Mode.auto,
+    cutover: Annotated[
+        Cutover, typer.Option(help="Cut over when ready, or wait for 'mirrord cutover'.")
+    ] = Cutover.auto,
+    force: Annotated[
+        bool, typer.Option("--force", help="Begin although the target has too little room.")
+    ] = False,
+    wipe: Annotated[
+        bool, typer.Option("--wipe", help="Overwrite a source block device with zeroes at the end.")
+    ] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job and return.")] = False,
+    json: Json = False,
+    socket: Socket = None,
+) -> None:
+    """Move disk NAME to TARGET while its guest goes on, and show how it goes."""
+    check_name(name)
+    request = MoveRequest(
+        absolute(target),
+        keep_source=keep_source,
+        verify=None if verify is None else verify.value,
+        limit=None if limit is None else parse_rate(limit),
+        mode=mode.value,
+        cutover=cutover.value,
+        force=force,
+        wipe=wipe,
+    )
+    client = _client(socket)
+    job = client.move(name, request)
+    if no_wait:
+        return display.put(job, json, display.job)
+    with display.Progress(sys.stderr if json else sys.stdout, job) as progress:
+        try:
+            job = follow(client, job, progress.update)
+        except KeyboardInterrupt:
+            progress.close()
+            print(
+                f"mirrord: the move of {name} goes on (job {job.id}); "
+                f"'mirrord wait {name}' follows it, 'mirrord cancel {name}' ends it",
+                file=sys.stderr,
+            )
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+    raise typer.Exit(_conclude(job, json))
+
+
+@app.command()
+def jobs(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Only this disk's.", show_default=False)
+    ] = None,
+    json: Json = False,
+    socket: Socket = None,
+) -> None:
+    """List the moves, newest first."""
+    found = _client(socket).jobs(None if name is None else check_name(name))
+    display.put(found, json, display.jobs)
+
+
+@app.command()
+def job(
+    job_id: Annotated[
+        str, typer.Argument(metavar="ID", help="The job, or the beginning of its id.")
+    ],
+    json: Json = False,
+    socket: Socket = None,
+) -> None:
+    """Show one move: its phase, its numbers, its story."""
+    if not job_id:
+        raise UsageError("the job's id is empty; see 'mirrord jobs'")
+    display.put(_client(socket).job(job_id), json, display.job)
+
+
+def _steer(name: str, verb: str, json: bool, socket: Path | None) -> None:
+    client = _client(socket)
+    found = _running_job(client, name, verb)
+    display.put(client.steer(found, verb), json, display.job_line)
+
+
+@app.command()
+def pause(name: Name, json: Json = False, socket: Socket = None) -> None:
+    """Stop copying until 'mirrord resume'. The guest goes on."""
+    _steer(name, "pause", json, socket)
+
+
+@app.command()
+def resume(name: Name, json: Json = False, socket: Socket = None) -> None:
+    """Go on with a paused move, or try a degraded target again at once."""
+    _steer(name, "resume", json, socket)
+
+
+@app.command()
+def cancel(name: Name, json: Json = False, socket: Socket = None) -> None:
+    """End the disk's move; the disk stays where it is."""
+    _steer(name, "cancel", json, socket)
+
+
+@app.command()
+def cutover(name: Name, json: Json = False, socket: Socket = None) -> None:
+    """Cut over as soon as both sides are equal."""
+    _steer(name, "cutover", json, socket)
+
+
+@app.command()
+def limit(
+    name: Name,
+    rate: Annotated[str, typer.Argument(metavar="RATE", help="As in 100M; 0 is no limit.")],
+    json: Json = False,
+    socket: Socket = None,
+) -> None:
+    """Change the bandwidth limit of the disk's move."""
+    wanted = parse_rate(rate)
+    client = _client(socket)
+    found = _running_job(client, name, "limit")
+    display.put(client.limit(found, wanted), json, display.job_line)
+
+
+@app.command()
+def wait(
+    name: Name,
+    phase: Annotated[
+        PhaseChoice | None,
+        typer.Option(help="Return already when the job is in this phase.", show_default=False),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", min=0, help="Give up after so many seconds.", show_default="none"
+        ),
+    ] = None,
+    json: Json = False,
+    socket: Socket = None,
+) -> None:
+    """Wait until the disk's move ends or reaches a phase."""
+    client = _client(socket)
+    found = client.jobs(check_name(name))
+    if not found:
+        raise RefusedError("no-job", f"disk {name} has never been moved; see 'mirrord jobs'")
+    wanted = None if phase is None else phase.value
+    try:
+        ended = follow(client, found[0], lambda _: None, phase=wanted, timeout_s=timeout)
+    except WaitTimeoutError as error:
+        _complain("timeout", str(error), json)
+        raise typer.Exit(EXIT_TIMED_OUT) from None
+    if (wanted is not None and not ended.ended_already) or has_reached(ended, wanted):
+        display.put(ended, json, display.job_line)
+        return
+    raise typer.Exit(_conclude(ended, json))
+
+
+@app.command()
+def detach(
+    name: Name,
+    force: Annotated[bool, typer.Option("--force", help="Although clients are connected.")] = False,
+    json: Json = False,
+    socket: Socket = None,
+) -> None:
+    """Stop serving a disk. Its bytes stay where they are."""
+    gone = _client(socket).detach(check_name(name), force=force)
+    display.put(gone, json, display.detached)
+
+
+@app.command()
+def demo(
+    size: Annotated[str, typer.Option(metavar="SIZE", help="How large a disk to move.")] = "256M",
+) -> None:
+    """Move a live disk in a temporary folder and verify every byte. Needs nothing else."""
+    from mirrord import demo as demonstration
+    from mirrord.core.units import parse_size
+
+    raise typer.Exit(demonstration.run(parse_size(size)))
+
+
+def absolute(location: str) -> str:
+    """Return the location as the daemon has to see it: it has a working directory of its own."""
+    if not location:
+        raise UsageError("the location is empty; give a path such as /disks/vm.raw")
+    scheme, colon, _ = location.partition(":")
+    if colon and "/" not in scheme and not os.path.lexists(location):
+        return location  # smb://… and the like; the daemon says what it knows
+    made = os.path.abspath(location)
+    return made + "/" if location.endswith("/") and made != "/" else made
+
+
+def _client(socket: Path | None) -> Client:
+    if socket is None:
+        from mirrord.service.config import default_socket
+
+        socket = default_socket()
+    return Client(socket.absolute())
+
+
+def _running_job(client: Client, name: str, verb: str) -> str:
+    found = client.disk(check_name(name)).job
+    if found is None:
+        raise RefusedError("no-job", f"disk {name} is not being moved: there is nothing to {verb}")
+    return found
+
+
+def _conclude(ended: Job, json: bool) -> int:
+    """Print how a job ended and return the exit code that says so."""
+    code = EXIT_OF_PHASE[ended.phase]
+    if json or code == 0:
+        display.put(ended, json, display.job_line)
+    else:
+        _complain(ended.phase, display.outcome(ended), json=False)
+    return code
+
+
+def _complain(code: str, message: str, json: bool) -> None:
+    """Say on standard error, in one line, what is wrong."""
+    if json:
+        print(msgspec.json.encode({"code": code, "message": message}).decode(), file=sys.stderr)
+    else:
+        print(f"mirrord: {' '.join(message.split())}", file=sys.stderr)
+
+
+def main() -> int:
+    """Run the command line and return its exit code."""
+    json = "--json" in sys.argv[1:]
+    try:
+        result = app(standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except MirrordError as error:
+        _complain(error.code, str(error), json)
+        return error.exit_code
+    except _CLICK_USAGE_ERROR as error:
+        _complain(UsageError.code, _usage(error), json)
+        return UsageError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; keep the interpreter from complaining again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _usage(error: Exception) -> str:
+    """Return click's explanation in one line, and where to read on."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "mirrord"
+    explain = getattr(error, "format_message", lambda: str(error))
+    return f"{explain().rstrip('.')}; see '{command} --help'"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

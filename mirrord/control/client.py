@@ -1,0 +1,136 @@
+"""Talk to the daemon: one request, one answer, without an event loop.
+
+Made for a command line that starts fast: nothing but the standard library and msgspec. What the
+daemon refuses is raised again as the same class with the same code and words.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from mirrord.control.messages import (
+    AttachRequest,
+    Disk,
+    Job,
+    LimitRequest,
+    MoveRequest,
+    Problem,
+)
+from mirrord.control.sockets import check_socket_path
+from mirrord.errors import MirrordError, NoDaemonError, RefusedError, UsageError
+
+# The longest that the daemon takes by itself (an attach or detach whose storage hangs), and more.
+ANSWER_DEADLINE_S = 150.0
+
+Answer = TypeVar("Answer")
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=ANSWER_DEADLINE_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.sock.settimeout(self.timeout)
+            self.sock.connect(str(self._path))
+        except BaseException:
+            self.sock.close()
+            raise
+
+
+class Client:
+    """The daemon at one control socket. Connects at the first request and stays connected."""
+
+    def __init__(self, path: Path) -> None:
+        check_socket_path(path)
+        self._path = path
+        self._connection = _Connection(path)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def disks(self) -> list[Disk]:
+        return self._ask("GET", "/v1/disks", list[Disk])
+
+    def disk(self, name: str) -> Disk:
+        return self._ask("GET", f"/v1/disks/{_part(name)}", Disk)
+
+    def attach(self, request: AttachRequest) -> Disk:
+        return self._ask("POST", "/v1/disks", Disk, request)
+
+    def detach(self, name: str, *, force: bool = False) -> Disk:
+        suffix = "?force=true" if force else ""
+        return self._ask("DELETE", f"/v1/disks/{_part(name)}{suffix}", Disk)
+
+    def move(self, name: str, request: MoveRequest) -> Job:
+        return self._ask("POST", f"/v1/disks/{_part(name)}/move", Job, request)
+
+    def jobs(self, disk: str | None = None) -> list[Job]:
+        suffix = "" if disk is None else "?" + urlencode({"disk": disk})
+        return self._ask("GET", f"/v1/jobs{suffix}", list[Job])
+
+    def job(self, job_id: str) -> Job:
+        return self._ask("GET", f"/v1/jobs/{_part(job_id)}", Job)
+
+    def steer(self, job_id: str, verb: str) -> Job:
+        return self._ask("POST", f"/v1/jobs/{_part(job_id)}/{verb}", Job)
+
+    def limit(self, job_id: str, limit: int) -> Job:
+        return self._ask("PATCH", f"/v1/jobs/{_part(job_id)}", Job, LimitRequest(limit))
+
+    def _ask(self, method: str, path: str, answer: type[Answer], body: Any = None) -> Answer:
+        data = None if body is None else msgspec.json.encode(body)
+        try:
+            self._connection.request(
+                method, path, data, {"Content-Type": "application/json"} if data else {}
+            )
+            response = self._connection.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            self._connection.close()
+            raise self._no_daemon(error) from error
+        if response.status >= 400:
+            raise _problem(response.status, content)
+        return msgspec.json.decode(content, type=answer)
+
+    def _no_daemon(self, error: Exception) -> MirrordError:
+        if isinstance(error, PermissionError):
+            return RefusedError(
+                "forbidden",
+                f"this user may not use the daemon at {self._path}; run as root or as its user",
+            )
+        if isinstance(error, TimeoutError):
+            return MirrordError(
+                f"the daemon at {self._path} has not answered for {ANSWER_DEADLINE_S:.0f} s"
+            )
+        return NoDaemonError(
+            f"no daemon answers at {self._path}; start one with 'mirrord daemon', "
+            "or name its socket with --socket"
+        )
+
+
+def _part(text: str) -> str:
+    return quote(text, safe="")
+
+
+def _problem(status: int, content: bytes) -> MirrordError:
+    """Return the error that the daemon meant."""
+    try:
+        problem = msgspec.json.decode(content, type=Problem)
+    except msgspec.MsgspecError:
+        return MirrordError(f"the daemon answered {status} with something that is no error of its")
+    if status == 400:
+        return UsageError(problem.message)
+    if status < 500:
+        return RefusedError(problem.code, problem.message)
+    failed = MirrordError(problem.message)
+    failed.code = problem.code
+    return failed

@@ -1,0 +1,175 @@
+"""What the control interface says: requests, answers and errors, as msgspec structs.
+
+They are the JSON of HTTP bodies, of `--json` and of the daemon's talk with disk processes, so a
+field is named once. Requests refuse unknown fields; a field is only ever added, never renamed.
+No behaviour here, and nothing heavy is imported: disk processes use this module too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+CacheMode = Literal["writeback", "direct"]
+VerifyMode = Literal["full", "none"]
+CopyMode = Literal["auto", "passes", "mirror"]
+CutoverMode = Literal["auto", "manual"]
+DiskState = Literal["starting", "serving", "refused", "detached"]
+PhaseName = Literal[
+    "queued",
+    "copying",
+    "catching-up",
+    "mirroring",
+    "verifying",
+    "cutting-over",
+    "retiring",
+    "done",
+    "paused",
+    "degraded",
+    "cancelled",
+    "failed",
+]
+
+TERMINAL_PHASES = frozenset({"done", "cancelled", "failed"})
+
+
+class Uris(msgspec.Struct, frozen=True):
+    """How a guest reaches a disk."""
+
+    nbd: str | None = None
+    fuse: str | None = None
+
+
+class Snippets(msgspec.Struct, frozen=True):
+    """Ready-to-paste ways to use the disk."""
+
+    qemu: str
+    libvirt: str
+    nbd_client: str
+
+
+class Disk(msgspec.Struct, frozen=True, kw_only=True):
+    """One disk, as `ls` and `show` print it."""
+
+    name: str
+    state: DiskState
+    reason: str | None  # why it is not serving
+    location: str | None  # where its bytes are now; None when its record can't be read
+    size: int | None  # bytes; None while no process has it open
+    read_only: bool
+    cache: CacheMode
+    uris: Uris
+    clients: int  # connections now
+    job: str | None  # id of the unfinished job
+    snippets: Snippets | None = None
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One line of a job's story."""
+
+    time: str
+    phase: PhaseName
+    text: str
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One move of one disk, as `jobs` and `job` print it. Times are RFC 3339, in UTC."""
+
+    id: str
+    disk: str
+    phase: PhaseName
+    source: str
+    target: str
+    keep_source: bool = False
+    verify: VerifyMode = "full"
+    mode: CopyMode = "auto"
+    cutover: CutoverMode = "auto"
+    limit: int | None = None  # bytes a second; None is unlimited
+    bytes_total: int = 0
+    bytes_copied: int = 0
+    bytes_remaining: int = 0
+    copy_rate: float | None = None  # bytes a second
+    dirty_rate: float | None = None  # unique bytes a second
+    eta_s: float | None = None  # None: it will not finish by passes alone, or is not known
+    passes: int = 0
+    pause_ms: float | None = None  # None until the cutover
+    verified: bool | None = None  # None until it is known; False: not asked for
+    reason: str | None = None  # why it is in this phase
+    created: str | None = None
+    started: str | None = None
+    ended: str | None = None
+    story: list[Step] = msgspec.field(default_factory=list)
+
+    @property
+    def ended_already(self) -> bool:
+        return self.phase in TERMINAL_PHASES
+
+
+class AttachRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /v1/disks"""
+
+    name: str
+    location: str
+    cache: CacheMode = "writeback"
+    read_only: bool = False
+
+
+class MoveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /v1/disks/{name}/move"""
+
+    target: str
+    keep_source: bool = False
+    verify: VerifyMode | None = None  # None: what the configuration says
+    limit: int | None = None  # bytes a second; None is unlimited
+    mode: CopyMode = "auto"
+    cutover: CutoverMode = "auto"
+    force: bool = False  # also when the target has too little room
+    wipe: bool = False  # a source block device is overwritten with zeroes at the end
+
+
+class LimitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """PATCH /v1/jobs/{id}"""
+
+    limit: int | None
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Every answer that is not a success; `code` never changes meaning."""
+
+    code: str
+    message: str
+
+
+class DiskStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What a disk process tells the daemon about itself."""
+
+    name: str
+    location: str
+    size: int
+    read_only: bool
+    cache: CacheMode
+    clients: int
+    job: Job | None  # unfinished, or the last one that ended since the process started
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One request of the daemon to a disk process: one line on the private channel."""
+
+    id: int
+    verb: str
+    params: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """The answer to the call of the same id; without an id it is news (a job that changed)."""
+
+    id: int | None = None
+    ok: msgspec.Raw = msgspec.Raw()  # empty: there is an error
+    error: Problem | None = None
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What a starting disk process writes once: it is ready, or why it refuses to serve."""
+
+    refused: Problem | None = None

@@ -1,0 +1,280 @@
+"""What people see: tables, one disk, one job, and how a move is getting on.
+
+Plain text throughout; only a progress bar on a terminal needs more, and imports it then.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, TextIO, TypeVar
+
+import msgspec
+
+from mirrord.control.messages import Disk, Job
+from mirrord.core.units import format_bytes, format_duration, format_rate
+
+Shown = TypeVar("Shown")
+
+LINE_EVERY_S = 1.0  # progress lines where no terminal is
+
+
+def put(value: Shown, json: bool, text: Callable[[Shown], str]) -> None:
+    """Print the value as JSON or as text."""
+    if json:
+        print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    else:
+        print(text(value))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return the rows in columns, left-aligned."""
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def disks(found: list[Disk]) -> str:
+    if not found:
+        return "no disks; 'mirrord attach NAME LOCATION' serves one"
+    rows = [
+        (
+            each.name,
+            each.state,
+            _size(each),
+            str(each.clients),
+            each.job or "-",
+            each.location or "-",
+        )
+        for each in found
+    ]
+    return table(("NAME", "STATE", "SIZE", "CLIENTS", "JOB", "LOCATION"), rows)
+
+
+def _size(disk: Disk) -> str:
+    return "-" if disk.size is None else format_bytes(disk.size)
+
+
+def attached(disk: Disk) -> str:
+    return f"disk {disk.name} of {_size(disk)} is served\n{disk.uris.nbd}"
+
+
+def detached(disk: Disk) -> str:
+    return f"disk {disk.name} is no longer served; its bytes are at {disk.location}"
+
+
+def disk(shown: Disk) -> str:
+    lines = [
+        ("name", shown.name),
+        ("state", shown.state if shown.reason is None else f"{shown.state}: {shown.reason}"),
+        ("location", shown.location or "-"),
+        ("size", "-" if shown.size is None else f"{_size(shown)} ({shown.size} bytes)"),
+        ("access", "read-only" if shown.read_only else "read and write"),
+        ("cache", shown.cache),
+        ("clients", str(shown.clients)),
+        ("job", shown.job or "-"),
+        ("nbd", shown.uris.nbd or "-"),
+    ]
+    text = _pairs(lines)
+    if shown.snippets is not None:
+        text += (
+            f"\n\nQEMU\n{shown.snippets.qemu}"
+            f"\n\nlibvirt\n{shown.snippets.libvirt}"
+            f"\n\nnbd-client\n{shown.snippets.nbd_client}"
+        )
+    return text
+
+
+def _pairs(lines: Sequence[tuple[str, str]]) -> str:
+    width = max(len(key) for key, _ in lines)
+    return "\n".join(f"{key.ljust(width)}  {value}" for key, value in lines)
+
+
+def jobs(found: list[Job]) -> str:
+    if not found:
+        return "no moves; 'mirrord move NAME TARGET' starts one"
+    rows = [
+        (
+            each.id,
+            each.disk,
+            each.phase,
+            format_bytes(each.bytes_copied),
+            format_bytes(each.bytes_remaining),
+            (each.created or "-")[:19],
+            each.target,
+        )
+        for each in found
+    ]
+    return table(("ID", "DISK", "PHASE", "COPIED", "LEFT", "CREATED", "TARGET"), rows)
+
+
+def job(shown: Job) -> str:
+    rows = [
+        ("id", shown.id),
+        ("disk", shown.disk),
+        ("phase", shown.phase),
+        ("reason", shown.reason or "-"),
+        ("source", shown.source + (" (kept)" if shown.keep_source else "")),
+        ("target", shown.target),
+        ("total", format_bytes(shown.bytes_total)),
+        ("copied", f"{format_bytes(shown.bytes_copied)} in {_passes(shown)}"),
+        ("left", format_bytes(shown.bytes_remaining)),
+        ("copy rate", _rate(shown.copy_rate)),
+        ("dirty rate", _rate(shown.dirty_rate)),
+        ("limit", _rate(shown.limit)),
+        ("time left", "-" if shown.ended_already else time_left(shown) or "not known"),
+        ("pause", "-" if shown.pause_ms is None else format_duration(shown.pause_ms / 1000)),
+        ("verified", "yes" if shown.verified else "no"),
+        ("created", shown.created or "-"),
+        ("ended", shown.ended or "-"),
+    ]
+    story = "".join(f"\n  {step.time[:19]}  {step.phase}: {step.text}" for step in shown.story)
+    return _pairs(rows) + story
+
+
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else format_rate(rate)
+
+
+def _passes(shown: Job) -> str:
+    return "1 pass" if shown.passes == 1 else f"{shown.passes} passes"
+
+
+def job_line(shown: Job) -> str:
+    """Say in one line how a job is."""
+    if shown.ended_already:
+        return outcome(shown)
+    reason = f": {shown.reason}" if shown.reason else ""
+    return f"disk {shown.disk} is {shown.phase}{reason} (job {shown.id})"
+
+
+def outcome(shown: Job) -> str:
+    """Say in one line how a job ended."""
+    if shown.phase == "done":
+        pause = (
+            ""
+            if shown.pause_ms is None
+            else (f", paused the guest for {format_duration(shown.pause_ms / 1000)}")
+        )
+        verified = ", verified" if shown.verified else ", not verified"
+        return (
+            f"disk {shown.disk} is now at {shown.target}: copied "
+            f"{format_bytes(shown.bytes_copied)} in {_passes(shown)}{pause}{verified}"
+            + (f"; {shown.reason}" if shown.reason else "")
+        )
+    return (
+        f"the move of disk {shown.disk} was {shown.phase}: {shown.reason or 'no reason known'}; "
+        f"the disk is still at {shown.source}"
+        if shown.phase == "cancelled"
+        else f"the move of disk {shown.disk} failed: {shown.reason or 'no reason known'}; "
+        f"the disk is still at {shown.source}"
+    )
+
+
+def time_left(shown: Job) -> str | None:
+    """Say how long the copying will take, truthfully; None where it means nothing."""
+    if shown.phase not in ("copying", "catching-up", "mirroring"):
+        return None
+    if shown.eta_s is not None:
+        return f"{format_duration(shown.eta_s)} left"
+    if shown.copy_rate and shown.dirty_rate and shown.dirty_rate >= shown.copy_rate:
+        return "will not finish by passes alone"
+    return None
+
+
+def progress_line(shown: Job) -> str:
+    """Say in one line how far a move is."""
+    parts: list[str] = [shown.phase]
+    if shown.bytes_total:
+        parts.append(f"{100 * fraction(shown):.0f} %")
+    if not shown.ended_already and shown.phase != "queued":
+        parts.append(f"{format_bytes(shown.bytes_remaining)} left")
+    if shown.copy_rate:
+        parts.append(format_rate(shown.copy_rate))
+    if shown.dirty_rate:
+        parts.append(f"guest changes {format_rate(shown.dirty_rate)}")
+    left = time_left(shown)
+    if left:
+        parts.append(left)
+    elif shown.phase in ("queued", "paused", "degraded") and shown.reason:
+        parts.append(shown.reason)
+    return ", ".join(parts)
+
+
+def fraction(shown: Job) -> float:
+    """Return how much of what has to be equal is equal, from 0 to 1."""
+    if shown.phase in ("done", "retiring", "cutting-over"):
+        return 1.0
+    if not shown.bytes_total:
+        return 0.0
+    return min(1.0, max(0.0, 1 - shown.bytes_remaining / shown.bytes_total))
+
+
+class Progress:
+    """Shows a running move: a bar on a terminal, a line a second elsewhere."""
+
+    def __init__(self, stream: TextIO, first: Job) -> None:
+        self._stream = stream
+        self._bar: Any = None
+        self._last_s = float("-inf")
+        self._phase = ""
+        if stream.isatty():
+            self._bar = _bar(stream, first)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def update(self, shown: Job) -> None:
+        """Show the job as it is now, if it is time to."""
+        if self._bar is not None:
+            self._bar.update(
+                self._bar.task_ids[0],
+                completed=fraction(shown),
+                description=f"{shown.disk} {shown.phase}",
+                told=progress_line(shown).partition(", ")[2],
+            )
+            return
+        now_s = time.monotonic()
+        if now_s - self._last_s >= LINE_EVERY_S or shown.phase != self._phase:
+            self._last_s, self._phase = now_s, shown.phase
+            print(progress_line(shown), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal in order. Idempotent."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _bar(stream: TextIO, first: Job) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.fields[told]}"),
+        console=Console(file=stream),
+        refresh_per_second=5,
+    )
+    bar.add_task(f"{first.disk} {first.phase}", total=1.0, told="")
+    bar.start()
+    return bar
+
+
+def fail(message: str) -> None:
+    """Print a remark for people on standard error."""
+    print(f"mirrord: {message}", file=sys.stderr)

@@ -1,0 +1,150 @@
+"""The configuration file, mirrord.toml. Every key has a default; the file itself may be missing.
+
+An unknown key or a wrong value is told with the file, the line and what is expected, and nothing
+starts: a setting that was misspelt must not be ignored.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from mirrord.control.messages import VerifyMode
+from mirrord.control.sockets import Access
+from mirrord.errors import RefusedError, UsageError
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Mode = Annotated[str, msgspec.Meta(pattern="^0?[0-7]{3}$")]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class NbdConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """[nbd]: what one disk grants its clients. The defaults are those of `nbd.limits`."""
+
+    handshake_s: Seconds | None = None
+    connections_max: Positive | None = None
+    clients_max: Positive | None = None
+    requests_max: Positive | None = None
+    held_bytes_max: Positive | None = None
+    held_total_bytes_max: Positive | None = None
+    stall_s: Seconds | None = None
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    state_dir: str | None = None
+    runtime_dir: str | None = None
+    socket: str | None = None
+    socket_mode: Mode = "0600"  # of the control socket
+    socket_group: str | None = None
+    nbd_socket_mode: Mode = "0600"  # of the guests' sockets: QEMU's user has to get in
+    nbd_socket_group: str | None = None
+    max_moves: Positive | None = None  # moves at once; None is unlimited
+    verify: VerifyMode = "full"  # of a move that doesn't say
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    nbd: NbdConfig = NbdConfig()
+
+    def control_access(self) -> Access:
+        """Return who may connect to the control socket. Raises UsageError for an unknown group."""
+        return Access(int(self.socket_mode, 8), _group_id("socket_group", self.socket_group))
+
+    def nbd_access(self) -> Access:
+        """Return who may connect to disks. Raises UsageError for an unknown group."""
+        return Access(
+            int(self.nbd_socket_mode, 8), _group_id("nbd_socket_group", self.nbd_socket_group)
+        )
+
+    def disk_options(self) -> list[str]:
+        """Return the options by which a disk process learns what concerns it."""
+        limits = msgspec.json.encode(self.nbd).decode()
+        return ["--log-level", self.log_level, "--nbd-limits", limits]
+
+
+def _group_id(key: str, name: str | None) -> int | None:
+    if name is None:
+        return None
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError as error:
+        raise UsageError(f"{key}: there is no group {name} on this system") from error
+
+
+def default_state_dir() -> Path:
+    """Return /var/lib/mirrord for root, else a directory of the user's own."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/mirrord")
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(home) / "mirrord"
+
+
+def default_runtime_dir() -> Path:
+    """Return /run/mirrord for root, else a directory of the user's own."""
+    if os.geteuid() == 0:
+        return Path("/run/mirrord")
+    base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/mirrord-{os.geteuid()}"
+    return Path(base) / "mirrord"
+
+
+def default_socket() -> Path:
+    """Return where a client looks for the daemon."""
+    return default_runtime_dir() / "control.sock"
+
+
+def default_config_file() -> Path:
+    """Return the file that is read when none is named and it exists."""
+    if os.geteuid() == 0:
+        return Path("/etc/mirrord/mirrord.toml")
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(home) / "mirrord" / "mirrord.toml"
+
+
+def read_config(path: Path | None) -> Config:
+    """Read the file, or the default one where that exists.
+
+    Raises UsageError (wrong content), RefusedError (`config-unreadable`).
+    """
+    named = path is not None
+    file = path or default_config_file()
+    try:
+        text = file.read_bytes()
+    except FileNotFoundError as error:
+        if not named:
+            return Config()
+        raise RefusedError("config-unreadable", f"there is no file {file}") from error
+    except OSError as error:
+        raise RefusedError("config-unreadable", f"can't read {file}: {error.strerror}") from error
+    try:
+        return msgspec.toml.decode(text, type=Config)
+    except msgspec.ValidationError as error:
+        raise UsageError(_explain(file, text.decode(), str(error))) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not TOML: {error}") from error
+
+
+def _explain(file: Path, text: str, error: str) -> str:
+    """Say where and what: msgspec names the key or the path to it."""
+    key = re.search(r"unknown field `([^`]+)`", error)
+    place = re.search(r"`\$\.?([\w.]*)`", error)
+    path = place[1] if place else ""
+    section = Config if not path or key is None else NbdConfig
+    if key is None:
+        name = path.rpartition(".")[2]
+        return f"{file}{_line_of(text, name)}: {path}: {error.split(' - at ')[0]}"
+    known = ", ".join(section.__struct_fields__)
+    where = f" in [{path}]" if path else ""
+    return f"{file}{_line_of(text, key[1])}: unknown key {key[1]}{where}; known are: {known}"
+
+
+def _line_of(text: str, key: str) -> str:
+    """Return ", line N" of the key's first mention; the parser keeps no positions."""
+    pattern = re.compile(rf"^\s*(?:\[\s*)?[\"']?{re.escape(key)}[\"']?\s*[=\].]")
+    for number, line in enumerate(text.splitlines(), 1):
+        if pattern.match(line):
+            return f", line {number}"
+    return ""

@@ -1,0 +1,218 @@
+"""The disk process: one disk, served to guests and moved. The composition root of the data path.
+
+    python -m mirrord.service.disk_process --state D --runtime D --name NAME --listen-fd N …
+
+The daemon starts it with the disk's lock and the guests' listening socket in its hands
+(`supervisor`), and may die: nothing here depends on it. It reads its record, goes on with an
+unfinished move before anything is served, then serves NBD and the private channel.
+
+    exit 0  detached, or told to end (SIGTERM, SIGINT: guests get ESHUTDOWN; SIGHUP: they get
+            nothing and send again to the next process)
+    exit 4  it refuses to serve; its report says why
+    other   it died; whoever started it starts another
+
+Only what is needed is imported: an idle disk costs its share of memory on every host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvloop
+
+from mirrord.control.messages import DiskStatus, Job, Problem, Report
+from mirrord.errors import MirrordError, RefusedError
+from mirrord.frontends.nbd_server import NbdServer
+from mirrord.nbd.limits import Limits
+from mirrord.service import logs, state
+from mirrord.service.channel import ChannelServer, Verb
+from mirrord.service.logs import fields
+from mirrord.service.mover import Mover
+from mirrord.service.state import Directories, DiskRecord
+
+log = logging.getLogger(__name__)
+
+# Told to end: requests in flight have this long, the last flush and the rest of ten seconds too.
+STOP_DEADLINE_S = 7.0
+FLUSH_DEADLINE_S = 2.0
+REFUSED_EXIT_CODE = RefusedError.exit_code
+
+
+VERBS = ("pause", "resume", "cancel", "cutover", "limit")
+
+
+class DiskProcess:
+    """One disk, from its record to its end."""
+
+    def __init__(
+        self, name: str, directories: Directories, listener: socket.socket, limits: Limits
+    ) -> None:
+        self._name = name
+        self._directories = directories
+        self._listener = listener
+        self._limits = limits
+        self._detached = asyncio.Event()
+        self._channel = ChannelServer(
+            {
+                "status": self._status,
+                "check_move": self._check_move,
+                "move": self._move,
+                "detach": self._detach,
+                **{verb: self._steering(verb) for verb in VERBS},
+            },
+            listener,
+        )
+
+    async def open(self) -> None:
+        """Open the disk where its bytes are now, with its unfinished move.
+
+        Raises RefusedError, DamagedError, OSError: the disk can't be served.
+        """
+        self._record = await asyncio.to_thread(self._read_record)
+        self._mover = Mover(self._record, self._directories, on_change=self._channel.tell)
+        await self._mover.open()
+        self._server = NbdServer(self._mover.disk, limits=self._limits)
+
+    def _read_record(self) -> DiskRecord:
+        directory = self._directories.disk(self._name)
+        try:
+            return state.read_record(directory / "disk.json", DiskRecord)
+        except FileNotFoundError:
+            return state.read_record(directory / "attach.json", DiskRecord)
+
+    def confirm(self) -> None:
+        """Make an attach true, now that its disk is open. Durable on return."""
+        directory = self._directories.disk(self._name)
+        if not (directory / "disk.json").exists():
+            opened = msgspec.structs.replace(self._record, location=self._mover.location)
+            state.write_record(directory / "disk.json", opened)
+            (directory / "attach.json").unlink()
+
+    async def serve(self) -> None:
+        """Begin to serve guests and the daemon."""
+        await self._server.serve(self._listener)
+        await self._channel.listen(self._directories.channel(self._name))
+
+    async def run(self) -> None:
+        """Serve until told to end, and end in good order."""
+        told = asyncio.Queue[signal.Signals | None]()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, told.put_nowait, number)
+        async with asyncio.TaskGroup() as group:
+            moving = group.create_task(self._mover.run())
+            waiting = group.create_task(self._detached.wait())
+            waiting.add_done_callback(lambda _: told.put_nowait(None))
+            why = await told.get()
+            log.info(
+                "stopping %s", fields(disk=self._name, why=why.name if why else "detach")
+            )
+            await self._server.stop(STOP_DEADLINE_S, coming_back=why is signal.SIGHUP)
+            moving.cancel()
+            waiting.cancel()
+        await self._mover.close(FLUSH_DEADLINE_S)
+        await self._channel.close(self._directories.channel(self._name))
+
+    # Verbs of the private channel.
+
+    async def _status(self, params: dict[str, Any]) -> DiskStatus:
+        return self._mover.status(len(self._server.clients))
+
+    async def _check_move(self, params: dict[str, Any]) -> dict[str, str]:
+        record = msgspec.convert(params["record"], type=state.JobRecord)
+        return await self._mover.check(record)
+
+    async def _move(self, params: dict[str, Any]) -> Job:
+        path = self._directories.job(params["job_id"]) / "job.json"
+        record = await asyncio.to_thread(state.read_record, path, state.JobRecord)
+        return await self._mover.start(record)
+
+    def _steering(self, verb: str) -> Verb:
+        async def steer(params: dict[str, Any]) -> Job:
+            return await self._mover.steer(verb, params["job_id"], params.get("limit"))
+
+        return steer
+
+    async def _detach(self, params: dict[str, Any]) -> None:
+        """Stop serving for good, unless somebody uses the disk."""
+        clients = len(self._server.clients)
+        if clients and not params.get("force"):
+            raise RefusedError(
+                "clients-connected",
+                f"disk {self._name} has {clients} client{'s' if clients > 1 else ''} connected; "
+                "disconnect them first, or use --force",
+            )
+        if self._mover.moving:
+            raise RefusedError(
+                "job-running", f"disk {self._name} is being moved; cancel the move first"
+            )
+        await asyncio.to_thread(self._forget)
+        self._detached.set()
+
+    def _forget(self) -> None:
+        directory = self._directories.disk(self._name)
+        (directory / "disk.json").unlink()
+        state.sync_directory(directory)
+
+
+async def _live(options: argparse.Namespace) -> int:
+    directories = Directories(options.state, options.runtime)
+    limits = Limits(**msgspec.json.decode(options.nbd_limits, type=dict[str, Any]))
+    listener = socket.socket(fileno=options.listen_fd)
+    process = DiskProcess(options.name, directories, listener, limits)
+    try:
+        await process.open()
+        await asyncio.to_thread(process.confirm)
+        await process.serve()
+    except (MirrordError, OSError) as error:
+        problem = _problem(options.name, error)
+        log.error("refused %s", fields(disk=options.name, reason=problem.message))
+        _report(options.report_fd, Report(problem))
+        return REFUSED_EXIT_CODE
+    _report(options.report_fd, Report())
+    log.info("ready %s", fields(disk=options.name))
+    await process.run()
+    return 0
+
+
+def _problem(name: str, error: MirrordError | OSError) -> Problem:
+    if isinstance(error, MirrordError):
+        return Problem(error.code, str(error))
+    return Problem("io-error", f"disk {name} can't be served: {error}")
+
+
+def _report(descriptor: int, report: Report) -> None:
+    """Tell whoever started this process; a daemon that died meanwhile asks by the channel."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(descriptor, msgspec.json.encode(report))
+    os.close(descriptor)
+
+
+def main() -> int:
+    """Run a disk process; the exit code says whether another should be started."""
+    parser = argparse.ArgumentParser(prog="mirrord.service.disk_process", allow_abbrev=False)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--runtime", type=Path, required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--listen-fd", type=int, required=True)
+    parser.add_argument("--report-fd", type=int, required=True)
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--nbd-limits", default="{}")
+    options = parser.parse_args()
+    logs.set_up(f"disk/{options.name}", options.log_level)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_live(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

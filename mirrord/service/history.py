@@ -1,0 +1,137 @@
+"""What the state directory says about jobs: which are queued, unfinished, ended, damaged.
+
+A job's journal is the truth; `ended.json` is derived from it (or is all there is of a job that
+ended before it began). The files of a job that has ended are reduced to its record, its outcome
+and its journal: the maps are as large as the disk deserves and of no use any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from mirrord.control.messages import Job
+from mirrord.core import journal
+from mirrord.errors import DamagedError
+from mirrord.service.state import (
+    Directories,
+    JobRecord,
+    forget_job,
+    read_record,
+    write_record,
+)
+
+# Ended jobs that are remembered: years of moves of one host, and a listing that stays quick.
+ENDED_JOBS_MAX = 1000
+
+Standing = Literal["queued", "unfinished", "ended"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One job as found: its standing, and how it looks to users."""
+
+    record: JobRecord
+    standing: Standing
+    job: Job
+
+
+def read_job(directories: Directories, job_id: str) -> Entry:
+    """Read one job. Raises DamagedError naming the file."""
+    directory = directories.job(job_id)
+    try:
+        record = read_record(directory / "job.json", JobRecord)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{directory / 'job.json'} is missing") from error
+    if record.id != job_id:
+        raise DamagedError(f"{directory / 'job.json'} is damaged: it names job {record.id}")
+    with contextlib.suppress(FileNotFoundError):
+        return Entry(record, "ended", read_record(directory / "ended.json", Job))
+    outcome = read_outcome(directory / "log")
+    if outcome.state is journal.State.EMPTY:
+        return Entry(record, "queued", record.as_job())
+    if outcome.done is None:
+        return Entry(record, "unfinished", record.as_job())
+    return Entry(record, "ended", told(record, outcome.done))
+
+
+def read_outcome(path: Path) -> journal.Outcome:
+    """Fold a journal, without changing or syncing anything. Raises DamagedError."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return journal.Outcome()
+    except OSError as error:
+        raise DamagedError(f"{path} can't be read: {error}") from error
+    try:
+        return journal.fold(journal.parse(data).records)
+    except DamagedError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+
+
+def told(record: JobRecord, status: journal.Payload) -> Job:
+    """Return a job as users see it, of what was asked for and what the engine says about it.
+
+    `status` is the engine's summary, live or from the journal's last record; what a job that was
+    ended by a recovery doesn't say is as it was in the beginning.
+    """
+    values = msgspec.to_builtins(record.as_job())
+    values |= {key: status[key] for key in Job.__struct_fields__ if key in status}
+    values["limit"] = status.get("limit", record.limit) or None
+    for key in ("started", "ended"):
+        values[key] = _time(status.get(f"{key}_s"))
+    values["story"] = [
+        {"time": _time(step["time_s"]), "phase": step["phase"], "text": step["reason"]}
+        for step in status.get("story", ())
+    ]
+    return msgspec.convert(values, type=Job)
+
+
+def _time(seconds: float | None) -> str | None:
+    """Return RFC 3339, UTC, of seconds since 1970."""
+    if seconds is None:
+        return None
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.isoformat(timespec="microseconds")
+
+
+def concerns(directories: Directories, job_id: str, disk: str) -> bool:
+    """Tell whether a damaged job may hold the truth about `disk`, so that it can't be served.
+
+    Its record names the disk if it can be read; else its journal decides: a job that never came
+    to its first record, or that has ended, is of no consequence to anybody.
+    """
+    directory = directories.job(job_id)
+    try:
+        return read_record(directory / "job.json", JobRecord).disk == disk
+    except (DamagedError, FileNotFoundError):
+        pass
+    try:
+        outcome = read_outcome(directory / "log")
+    except DamagedError:
+        return True
+    if outcome.prep is None or outcome.finished:
+        return False
+    return bool(outcome.prep.get("disk", disk) == disk)
+
+
+def write_ended(directories: Directories, job: Job) -> None:
+    """Remember how a job ended, and drop the maps. Durable on return."""
+    directory = directories.job(job.id)
+    write_record(directory / "ended.json", job)
+    for name in ("dirty", "map"):
+        (directory / name).unlink(missing_ok=True)
+
+
+def drop_oldest(directories: Directories, ended: list[Job]) -> list[str]:
+    """Forget the oldest ended jobs above the limit; return their ids."""
+    by_age = sorted(ended, key=lambda job: job.created or "")
+    surplus = [job.id for job in by_age[: max(0, len(by_age) - ENDED_JOBS_MAX)]]
+    for job_id in surplus:
+        forget_job(directories, job_id)
+    return surplus

@@ -1,0 +1,322 @@
+"""One disk and its moves inside the disk process: opens, recovers, starts, steers, remembers.
+
+This is where records and locations become places, stores and jobs of the engine, and where the
+engine's status becomes what users see. At most one job runs at a time. A job's own failure is its
+outcome; an exception out of one is a bug, and ends the process: the next one recovers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from mirrord.control.messages import DiskStatus, Job
+from mirrord.engine import recovery
+from mirrord.engine.disk import Disk
+from mirrord.engine.job import Job as EngineJob
+from mirrord.engine.job import Surroundings
+from mirrord.engine.recovery import Places
+from mirrord.engine.request import JobRequest, dirty_bytes_for
+from mirrord.engine.settings import EngineSettings
+from mirrord.errors import DamagedError, MirrordError, RefusedError
+from mirrord.service import history, state
+from mirrord.service.logs import fields
+from mirrord.service.places import PlaceFactory
+from mirrord.service.state import Directories, DiskRecord, JobRecord
+from mirrord.storage.backend import Cache, Place
+from mirrord.storage.job_files import JobFiles, read_boot_id
+
+log = logging.getLogger(__name__)
+
+# A verb answers once it has taken effect, or after this: a target that hangs delays its end.
+VERB_SETTLES_S = 4.0
+# How a verb shows: the phases of which one is reached, or left.
+_EFFECT: dict[str, Callable[[Job], bool]] = {
+    "pause": lambda job: job.ended_already or job.phase == "paused",
+    "resume": lambda job: job.phase not in ("paused", "degraded"),
+    "cancel": lambda job: job.ended_already,
+    "cutover": lambda job: True,
+    "limit": lambda job: True,
+}
+
+
+class Mover:
+    """The disk and its job. `open`, then `run` as a task of the process; `close` at the end."""
+
+    disk: Disk
+
+    def __init__(
+        self,
+        record: DiskRecord,
+        directories: Directories,
+        *,
+        on_change: Callable[[Job], None],
+        settings: EngineSettings | None = None,
+    ) -> None:
+        self._record = record
+        self._directories = directories
+        self._on_change = on_change
+        self._settings = settings or EngineSettings()
+        self._cache = Cache(record.cache)
+        self._places = PlaceFactory()
+        self._place: Place
+        self._job: EngineJob | None = None
+        self._job_record: JobRecord | None = None
+        self._last: Job | None = None  # the last one that ended
+        self._group: asyncio.TaskGroup | None = None
+        self._running = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._changed = asyncio.Event()
+
+    @property
+    def location(self) -> str:
+        """Where the disk's bytes are now."""
+        return self._place.location
+
+    @property
+    def moving(self) -> bool:
+        return not self._idle.is_set()
+
+    def job(self) -> Job | None:
+        """Return the running job, else the last one that ended since this process started."""
+        if self._job is not None and self._job_record is not None:
+            return history.told(self._job_record, self._job.status().summary())
+        return self._last
+
+    # Opening, and what a crash left.
+
+    async def open(self) -> None:
+        """Open the disk; an unfinished job is recovered first. Raises MirrordError, OSError."""
+        unfinished, unborn = await asyncio.to_thread(self._find_jobs)
+        if unfinished is not None:
+            await self._recover(unfinished)
+        else:
+            self._place = self._places.make(self._record.location)
+            backend = await self._place.open(read_only=self._record.read_only, cache=self._cache)
+            self.disk = Disk(self._record.name, backend, read_only=self._record.read_only)
+        for record in unborn:  # C0: what a start that came to no record may have left
+            try:
+                await self._places.make(record.target).discard(record.id)
+            except (MirrordError, OSError) as error:
+                log.warning("part left over %s", fields(job=record.id, error=error))
+
+    def _find_jobs(self) -> tuple[JobRecord | None, list[JobRecord]]:
+        """Return the disk's unfinished job, and those that never came to their first record."""
+        unfinished: list[JobRecord] = []
+        unborn: list[JobRecord] = []
+        for job_id in self._directories.job_ids():
+            try:
+                entry = history.read_job(self._directories, job_id)
+            except DamagedError:
+                if history.concerns(self._directories, job_id, self._record.name):
+                    raise
+                continue
+            if entry.record.disk == self._record.name:
+                if entry.standing == "unfinished":
+                    unfinished.append(entry.record)
+                elif entry.standing == "queued":
+                    unborn.append(entry.record)
+        if len(unfinished) > 1:
+            ids = ", ".join(each.id for each in unfinished)
+            raise DamagedError(f"disk {self._record.name} has several unfinished jobs: {ids}")
+        return (unfinished[0] if unfinished else None), unborn
+
+    async def _recover(self, record: JobRecord) -> None:
+        directory = self._directories.job(record.id)
+        outcome = await asyncio.to_thread(history.read_outcome, directory / "log")
+        assert outcome.prep is not None  # or the job would not count as unfinished
+        store = await self._store(record.id, outcome.prep["source"]["size"])
+        places = self._both(record)
+        recovered = await recovery.recover(
+            self._record.name, places, store, _request(record), self._surroundings()
+        )
+        self.disk = recovered.disk
+        committed = recovered.location == places.target.location
+        self._place = places.target if committed else places.source
+        if recovered.job is None:
+            await store.close()
+            ended = await asyncio.to_thread(history.read_job, self._directories, record.id)
+            self._last = ended.job
+            return
+        log.info("recovered %s", fields(disk=self._record.name, job=record.id))
+        self._job, self._job_record = recovered.job, record
+        self._idle.clear()
+
+    async def _store(self, job_id: str, size: int) -> JobFiles:
+        return await JobFiles.open(
+            self._directories.job(job_id),
+            size,
+            read_boot_id(),
+            dirty_bytes=dirty_bytes_for(size),
+            region_bytes=self._settings.region_bytes,
+        )
+
+    def _both(self, record: JobRecord) -> Places:
+        return Places(
+            self._places.make(record.source), self._places.make(record.target), self._cache
+        )
+
+    def _surroundings(self) -> Surroundings:
+        return Surroundings(
+            wall=time.time,
+            moved=self._moved,
+            adopt=self._adopt,
+            changed=self._job_changed,
+            settings=self._settings,
+        )
+
+    # Running.
+
+    async def run(self) -> None:
+        """Run the recovered job and every later one, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            if self._job is not None and self._job_record is not None:
+                group.create_task(self._run_job(self._job, self._job_record))
+            self._running.set()
+            await asyncio.Event().wait()
+
+    async def _run_job(self, job: EngineJob, record: JobRecord) -> None:
+        target = self._places.make(record.target)
+        status = await job.run()
+        self._last = history.told(record, status.summary())
+        if self._last.phase == "done":
+            self._place = target
+        self._job = self._job_record = None
+        self._idle.set()
+        self._changed.set()
+        self._on_change(self._last)
+
+    def _adopt(self, work: Coroutine[Any, Any, None]) -> None:
+        assert self._group is not None
+        self._group.create_task(_harmless(work))
+
+    def _job_changed(self, job: EngineJob) -> None:
+        record = self._job_record
+        if record is not None and job is self._job:
+            self._on_change(history.told(record, job.status().summary()))
+            self._changed.set()
+
+    async def _moved(self, location: str) -> None:
+        """Make it durable that the disk is at `location` now."""
+        self._record = msgspec.structs.replace(self._record, location=location)
+        path = self._directories.disk(self._record.name) / "disk.json"
+        await asyncio.to_thread(state.write_record, path, self._record)
+
+    async def close(self, flush_s: float) -> None:
+        """Make the guest's writes durable as well as that goes in `flush_s`."""
+        try:
+            async with asyncio.timeout(flush_s):
+                await self.disk.flush()
+        except (TimeoutError, OSError) as error:
+            log.error("last flush failed %s", fields(disk=self._record.name, error=error))
+
+    # What the daemon asks.
+
+    async def check(self, record: JobRecord) -> dict[str, str]:
+        """Refuse what can't be moved there; return both locations in their normal form."""
+        target = self._places.make(record.target)
+        await recovery.check(self.disk, target, _request(record))
+        return {"source": self._place.location, "target": target.location}
+
+    async def start(self, record: JobRecord) -> Job:
+        """Begin a move; its first record is durable on return. Raises RefusedError, OSError."""
+        await self._running.wait()
+        assert self._group is not None
+        if self.moving and self._job is not None and not self._job.status().ended_s:
+            raise RefusedError("job-running", f"disk {self._record.name} is being moved already")
+        await self._idle.wait()
+        self._idle.clear()
+        try:
+            store = await self._store(record.id, self.disk.size)
+            try:
+                job = await recovery.start(
+                    self.disk,
+                    Places(self._place, self._places.make(record.target), self._cache),
+                    store,
+                    _request(record),
+                    self._surroundings(),
+                )
+            except BaseException:
+                await store.close()
+                raise
+        except BaseException:
+            self._idle.set()
+            raise
+        self._job, self._job_record = job, record
+        self._group.create_task(self._run_job(job, record))
+        return history.told(record, job.status().summary())
+
+    async def steer(self, verb: str, job_id: str, limit: int | None) -> Job:
+        """Pause, resume, cancel, cut over or limit; return the job once that shows."""
+        job, record = self._job, self._job_record
+        if job is None or record is None or record.id != job_id:
+            raise RefusedError(
+                "wrong-phase", f"job {job_id} is not running, so it can't be told to {verb}"
+            )
+        if verb == "limit":
+            await job.limit(limit or 0)
+        else:
+            await {
+                "pause": job.pause,
+                "resume": job.resume,
+                "cancel": job.cancel,
+                "cutover": job.cutover,
+            }[verb]()
+        await self._shows(_EFFECT[verb])
+        shown = self.job()
+        assert shown is not None
+        return shown
+
+    async def _shows(self, effect: Callable[[Job], bool]) -> None:
+        try:
+            async with asyncio.timeout(VERB_SETTLES_S):
+                while (job := self.job()) is not None and not effect(job):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            log.info("verb takes long %s", fields(disk=self._record.name))
+
+    def status(self, clients: int) -> DiskStatus:
+        """Return what the daemon shows."""
+        return DiskStatus(
+            name=self._record.name,
+            location=self.location,
+            size=self.disk.size,
+            read_only=self.disk.read_only,
+            cache=self._record.cache,
+            clients=clients,
+            job=self.job(),
+        )
+
+
+async def _harmless(work: Coroutine[Any, Any, None]) -> None:
+    """Run what may outlive its job; closing a target that failed may well fail."""
+    try:
+        await work
+    except OSError as error:
+        log.warning("clean-up failed %s", fields(error=error))
+
+
+def _request(record: JobRecord) -> JobRequest:
+    return JobRequest(
+        job_id=record.id,
+        disk=record.disk,
+        source=record.source,
+        target=record.target,
+        keep_source=record.keep_source,
+        verify=record.verify,
+        limit=record.limit or 0,
+        mode=record.mode,
+        cutover=record.cutover,
+        force=record.force,
+        wipe=record.wipe,
+        created_s=datetime.datetime.fromisoformat(record.created).timestamp(),
+    )

@@ -1,0 +1,368 @@
+"""All moves of one daemon: asked for, queued, started, followed, ended, remembered.
+
+What runs is known by the disk processes and what ended by the journals; here is the list that
+joins them, and the decision what starts next (`scheduler`). A job moves one way:
+
+    queued ──started by its disk's process──▸ unfinished ──▸ ended
+       └──cancelled, or refused at its start──▸ ended
+
+Interleavings: a disk and its target are reserved (`_moves[id]`, with `starting` set so that
+nobody else starts it) before the first await of a request; a job that is `starting` belongs to
+the one coroutine that set it. A process that dies during a start leaves the answer to the journal
+(`_reread`): with a record the move goes on by itself, without one it is queued still.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from mirrord.control.messages import DiskStatus, Job, LimitRequest, MoveRequest, PhaseName
+from mirrord.errors import DamagedError, RefusedError
+from mirrord.service import history, scheduler, state
+from mirrord.service.config import Config
+from mirrord.service.logs import fields
+from mirrord.service.places import same_location
+from mirrord.service.state import Directories, JobRecord
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+VERBS = {
+    "pause": "be paused",
+    "resume": "be resumed",
+    "cancel": "be cancelled",
+    "cutover": "be cut over",
+    "limit": "be limited",
+}
+
+
+class Process(Protocol):
+    """What a move needs of a disk's process."""
+
+    @property
+    def serving(self) -> bool: ...
+
+    async def call(self, verb: str, answer: type[Answer], **params: object) -> Answer: ...
+
+    async def refresh(self) -> DiskStatus | None: ...
+
+
+class Move:
+    """One job as the daemon knows it."""
+
+    def __init__(self, record: JobRecord, job: Job, standing: history.Standing) -> None:
+        self.record = record
+        self.job = job
+        self.standing = standing
+        self.starting = False
+
+
+class Moves:
+    """The jobs. `process_of` returns a disk's process, or raises RefusedError without one."""
+
+    def __init__(
+        self,
+        config: Config,
+        directories: Directories,
+        group: asyncio.TaskGroup,
+        process_of: Callable[[str], Process],
+    ) -> None:
+        self._config = config
+        self._directories = directories
+        self._group = group
+        self._process_of = process_of
+        self._moves: dict[str, Move] = {}
+        self._damaged: dict[str, DamagedError] = {}
+
+    async def load(self) -> None:
+        """Read every job. One that is damaged is told of when asked for, and stops nobody."""
+        for job_id in self._directories.job_ids():
+            try:
+                entry = await asyncio.to_thread(history.read_job, self._directories, job_id)
+            except DamagedError as error:
+                self._damaged[job_id] = error
+                log.error("job damaged %s", fields(job=job_id, reason=error))
+                continue
+            self._moves[job_id] = Move(entry.record, entry.job, entry.standing)
+
+    async def jobs(self, disk: str | None) -> list[Job]:
+        """Return all jobs, or a disk's, newest first."""
+        await self._refresh_running()
+        chosen = [m for m in self._moves.values() if disk in (None, m.record.disk)]
+        chosen.sort(key=lambda move: move.record.created, reverse=True)
+        return [self._shown(move) for move in chosen]
+
+    async def job(self, job_id: str) -> Job:
+        """Return one job, by its id or an unambiguous beginning of it."""
+        move = self._move(job_id)
+        await self._refresh(move)
+        return self._shown(move)
+
+    def _move(self, job_id: str) -> Move:
+        exact = self._moves.get(job_id)
+        if exact is not None:
+            return exact
+        matching = [move for known, move in self._moves.items() if known.startswith(job_id)]
+        if len(matching) == 1:
+            return matching[0]
+        if len(matching) > 1:
+            raise RefusedError(
+                "ambiguous-job", f"{len(matching)} jobs begin with {job_id}; give more of the id"
+            )
+        if job_id in self._damaged:
+            raise self._damaged[job_id]
+        raise RefusedError("unknown-job", f"there is no job {job_id}; see 'mirrord jobs'")
+
+    def _shown(self, move: Move) -> Job:
+        if move.standing != "queued" or move.starting:
+            return move.job
+        running = [each.record.disk for each in self._running()]
+        reason = scheduler.waits_for(move.record.disk, running, self._config.max_moves)
+        return msgspec.structs.replace(move.job, reason=reason)
+
+    async def _refresh_running(self) -> None:
+        await asyncio.gather(*(self._refresh(move) for move in self._running()))
+
+    async def _refresh(self, move: Move) -> None:
+        if move.standing != "unfinished":
+            return
+        try:
+            process = self._process_of(move.record.disk)
+        except RefusedError:
+            return
+        status = await process.refresh()
+        if status is not None and status.job is not None:
+            self.job_changed(status.job)
+
+    def unfinished_moves(self) -> list[Move]:
+        """Return the moves that are queued or run."""
+        return [move for move in self._moves.values() if move.standing != "ended"]
+
+    def unfinished(self, disk: str) -> Move | None:
+        return next((m for m in self.unfinished_moves() if m.record.disk == disk), None)
+
+    def _running(self) -> list[Move]:
+        return [m for m in self.unfinished_moves() if m.standing == "unfinished" or m.starting]
+
+    async def move(self, disk: str, location: str, target: str, request: MoveRequest) -> Job:
+        """Ask for a move. Raises RefusedError; then nothing has changed."""
+        process = self._process_of(disk)
+        self._refuse_second(disk)
+        move = self._reserve(disk, location, target, request)
+        job_id = move.record.id
+        try:
+            checked = await process.call(
+                "check_move", dict[str, str], record=msgspec.to_builtins(move.record)
+            )
+            move.record = msgspec.structs.replace(
+                move.record, source=checked["source"], target=checked["target"]
+            )
+            move.job = move.record.as_job()
+            await asyncio.to_thread(self._refuse_taken, move)
+            await asyncio.to_thread(self._write_job, move.record)
+            log.info("move asked for %s", fields(job=job_id, disk=disk, target=target))
+            move.starting = False
+            if job_id in self._startable():
+                await self._start(move)
+        except BaseException:
+            self._moves.pop(job_id, None)
+            await asyncio.shield(asyncio.to_thread(self._forget, job_id))
+            self.kick()
+            raise
+        return self._shown(move)
+
+    def _reserve(self, disk: str, source: str, target: str, request: MoveRequest) -> Move:
+        """Take the disk for a new job, which doesn't exist in the state directory yet."""
+        record = JobRecord(
+            id=str(uuid.uuid4()),
+            disk=disk,
+            source=source,
+            target=target,
+            created=now(),
+            keep_source=request.keep_source,
+            wipe=request.wipe,
+            force=request.force,
+            verify=request.verify or self._config.verify,
+            limit=request.limit,
+            mode=request.mode,
+            cutover=request.cutover,
+        )
+        move = self._moves[record.id] = Move(record, record.as_job(), "queued")
+        move.starting = True  # nobody else starts it
+        return move
+
+    def _refuse_second(self, disk: str) -> None:
+        running = self.unfinished(disk)
+        if running is not None:
+            raise RefusedError(
+                "job-running",
+                f"disk {disk} is being moved already (job {running.record.id}, "
+                f"{running.job.phase}); wait for it or cancel it",
+            )
+
+    def _refuse_taken(self, asked: Move) -> None:
+        target = asked.record.target
+        for move in self.unfinished_moves():
+            if move is not asked and same_location(target, move.record.target):
+                raise RefusedError(
+                    "target-in-use",
+                    f"{target} is the target of the unfinished move of disk {move.record.disk}; "
+                    "choose another",
+                )
+
+    def _write_job(self, record: JobRecord) -> None:
+        directory = self._directories.job(record.id)
+        state.make_directory(directory)
+        state.write_record(directory / "job.json", record)
+
+    def _forget(self, job_id: str) -> None:
+        if self._directories.job(job_id).exists():
+            state.forget_job(self._directories, job_id)
+
+    async def _start(self, move: Move) -> None:
+        """Have the disk's process begin. Raises RefusedError when it can't."""
+        move.starting = True
+        try:
+            process = self._process_of(move.record.disk)
+            job = await process.call("move", Job, job_id=move.record.id)
+            move.standing = "unfinished"
+            self.job_changed(job)
+        except RefusedError as error:
+            if error.code != "disk-restarted":
+                raise
+            await self._reread(move)
+        finally:
+            move.starting = False
+
+    async def _reread(self, move: Move) -> None:
+        """Let the journal say whether a start was the last thing that a process did."""
+        entry = await asyncio.to_thread(history.read_job, self._directories, move.record.id)
+        move.standing, move.job = entry.standing, entry.job
+
+    def _startable(self) -> list[str]:
+        queued = sorted(
+            (m for m in self.unfinished_moves() if m.standing == "queued" and not m.starting),
+            key=lambda move: move.record.created,
+        )
+        return scheduler.startable(
+            [(move.record.id, move.record.disk) for move in queued],
+            [move.record.disk for move in self._running()],
+            self._config.max_moves,
+        )
+
+    def kick(self) -> None:
+        """Start what may start now."""
+        for job_id in self._startable():
+            move = self._moves[job_id]
+            try:
+                process = self._process_of(move.record.disk)
+            except RefusedError:
+                continue  # a refused disk: its move stays queued and says so
+            if process.serving:
+                move.starting = True
+                self._group.create_task(self._start_queued(move), name=f"start {job_id}")
+
+    async def _start_queued(self, move: Move) -> None:
+        try:
+            await self._start(move)
+        except RefusedError as error:
+            if error.code in ("disk-not-serving", "disk-stuck"):
+                log.warning("move waits %s", fields(job=move.record.id, reason=error))
+                return
+            self.conclude(move, "failed", str(error))
+
+    def disk_ready(self, status: DiskStatus) -> None:
+        """A process has come up: it knows what has become of its disk's job."""
+        if status.job is not None:
+            self.job_changed(status.job)
+        self.kick()
+
+    def job_changed(self, job: Job) -> None:
+        """Take over what a disk process says about its job."""
+        move = self._moves.get(job.id)
+        if move is None or move.standing == "ended":
+            return
+        if job.phase != move.job.phase:
+            log.info("job changed %s", fields(job=job.id, disk=job.disk, phase=job.phase))
+        move.job = job
+        move.standing = "unfinished"
+        if job.ended_already:
+            move.standing = "ended"
+            self._record_end(move)
+            self.kick()
+
+    def _record_end(self, move: Move) -> None:
+        """Write the outcome down for the next daemon. Failing is harmless: the journal has it."""
+        try:
+            history.write_ended(self._directories, move.job)
+            ended = [each.job for each in self._moves.values() if each.standing == "ended"]
+            for job_id in history.drop_oldest(self._directories, ended):
+                del self._moves[job_id]
+        except OSError as error:
+            log.warning("outcome not written %s", fields(job=move.record.id, error=error))
+
+    def conclude(self, move: Move, phase: PhaseName, reason: str) -> None:
+        """End a job that no disk process will end."""
+        told = msgspec.to_builtins(move.job) | {"phase": phase, "reason": reason, "ended": now()}
+        move.job = msgspec.convert(told, type=Job)
+        move.standing = "ended"
+        log.info("job changed %s", fields(job=move.record.id, phase=phase, reason=reason))
+        self._record_end(move)
+        self.kick()
+
+    async def steer(self, job_id: str, verb: str) -> Job:
+        """Pause, resume, cancel or cut over. Raises RefusedError (`wrong-phase`)."""
+        move = self._move(job_id)
+        await self._refresh(move)
+        self._refuse_ended(move, verb)
+        if move.standing == "queued" and not move.starting:
+            if verb != "cancel":
+                raise RefusedError(
+                    "wrong-phase",
+                    f"the move of disk {move.record.disk} is queued and has not begun; only "
+                    "cancel is possible before it starts",
+                )
+            self.conclude(move, "cancelled", "cancelled before it began")
+            return move.job
+        return await self._ask(move, verb)
+
+    async def limit(self, job_id: str, request: LimitRequest) -> Job:
+        """Change the bandwidth limit of an unfinished job."""
+        move = self._move(job_id)
+        await self._refresh(move)
+        self._refuse_ended(move, "limit")
+        if move.standing == "queued" and not move.starting:
+            move.record = msgspec.structs.replace(move.record, limit=request.limit)
+            move.job = move.record.as_job()
+            await asyncio.to_thread(
+                state.write_record, self._directories.job(move.record.id) / "job.json", move.record
+            )
+            return self._shown(move)
+        return await self._ask(move, "limit", limit=request.limit)
+
+    def _refuse_ended(self, move: Move, verb: str) -> None:
+        if move.standing == "ended":
+            raise RefusedError(
+                "wrong-phase",
+                f"job {move.record.id} of disk {move.record.disk} is {move.job.phase}: "
+                f"it can no longer {VERBS[verb]}",
+            )
+
+    async def _ask(self, move: Move, verb: str, **params: int | None) -> Job:
+        process = self._process_of(move.record.disk)
+        job = await process.call(verb, Job, job_id=move.record.id, **params)
+        self.job_changed(job)
+        return self._shown(move)
+
+
+def now() -> str:
+    """Return the time as users see it: RFC 3339, UTC, microseconds (jobs are ordered by it)."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")

@@ -1,0 +1,100 @@
+"""Locations: which text names what kind of place, and whether it can be one yet.
+
+Locations come from users and from records; a path is absolute by then (the command line makes it
+so). The composition root turns a location into a `Place` here; nobody else names a backend.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from typing import TYPE_CHECKING
+
+from mirrord.errors import RefusedError, UsageError
+
+if TYPE_CHECKING:  # the daemon, which opens no disk, does without
+    from mirrord.storage.backend import Place
+    from mirrord.storage.fileio import FileIo
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE | re.ASCII)
+_LATER = {
+    "smb": "an SMB share",
+    "nbd": "an NBD export",
+    "nbds": "an NBD export",
+    "nbd+unix": "an NBD export",
+    "nbds+unix": "an NBD export",
+    "mirrord": "another host",
+}
+PATH_BYTES_MAX = 4095  # PATH_MAX without its terminating zero
+
+
+def check_location(location: str) -> str:
+    """Return a well-formed location in its normal form.
+
+    Raises UsageError (malformed), RefusedError (`not-supported-yet`).
+    """
+    if not location:
+        raise UsageError("the location is empty; give a path such as /disks/vm.raw")
+    if any(ord(c) < 32 or ord(c) == 127 for c in location):
+        raise UsageError(f"{location!r} has control characters, which no location may have")
+    scheme = _SCHEME.match(location)
+    if scheme is not None:
+        kind = _LATER.get(scheme[1].lower())
+        if kind is not None:
+            raise RefusedError(
+                "not-supported-yet",
+                f"{location}: {kind} can't be used yet; use a file or a block device",
+            )
+        raise UsageError(
+            f"{location!r} is no location mirrord knows; give the path of a file or block device"
+        )
+    if not location.startswith("/"):
+        raise UsageError(f"{location!r} is not an absolute path")
+    if len(os.fsencode(location)) > PATH_BYTES_MAX:
+        raise UsageError(f"the path of {len(location)} characters is longer than any can be")
+    normal = os.path.normpath(location)
+    if normal.startswith("//"):
+        normal = normal[1:]
+    if location.endswith("/") and normal != "/":
+        normal += "/"  # a directory is meant
+    return normal
+
+
+def same_location(one: str, other: str) -> bool:
+    """Tell whether two locations are one thing, by path and by what lies there now. Blocks."""
+    if one == other:
+        return True
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+class PlaceFactory:
+    """Makes places. They share one way of doing file operations, opened at the first use."""
+
+    def __init__(self) -> None:
+        self._io: FileIo | None = None
+
+    def make(self, location: str) -> Place:
+        """Return the place that a checked location names; nothing is touched yet."""
+        from mirrord.storage.fileio import open_io
+
+        if self._io is None:
+            self._io = open_io()
+        if _is_device(location):
+            from mirrord.storage.block import BlockPlace
+
+            return BlockPlace(location, self._io)
+        from mirrord.storage.file_place import FilePlace
+
+        return FilePlace(location, self._io)
+
+
+def _is_device(location: str) -> bool:
+    """Tell whether a block device is meant: one is there, or the path is one of devices."""
+    try:
+        return stat.S_ISBLK(os.stat(location).st_mode)
+    except OSError:
+        return location.startswith("/dev/") and not location.startswith("/dev/shm/")

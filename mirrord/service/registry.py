@@ -1,0 +1,302 @@
+"""All disks and all moves of one daemon: what the control interface asks for happens here.
+
+Truth lies elsewhere, in the directories of `state` and in the disk processes; what is kept here
+is derived and is built again by `load` after the daemon's restart. Requests of several clients
+interleave at every await; these stretches have none, and so decide:
+
+* a name is reserved (`_disks[name]`) before the first await of an attach;
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import msgspec
+
+from mirrord.control.messages import (
+    AttachRequest,
+    Disk,
+    Job,
+    LimitRequest,
+    MoveRequest,
+    Uris,
+)
+from mirrord.control.snippets import nbd_uri, snippets
+from mirrord.control.sockets import check_socket_path
+from mirrord.core.units import check_name
+from mirrord.errors import DamagedError, MirrordError, RefusedError
+from mirrord.service import state
+from mirrord.service.config import Config
+from mirrord.service.logs import fields
+from mirrord.service.moves import Moves
+from mirrord.service.places import check_location, same_location
+from mirrord.service.state import Directories, DiskRecord
+from mirrord.service.supervisor import DiskProcess
+
+log = logging.getLogger(__name__)
+
+# Opening a disk is quick or its storage hangs; then the client learns it, and nothing is left.
+ATTACH_DEADLINE_S = 60.0
+# Detach flushes what the guest wrote.
+DETACH_DEADLINE_S = 60.0
+# How long a starting daemon waits for its disks before it says that it is ready.
+LOAD_DEADLINE_S = 10.0
+
+
+class _Attached:
+    """One disk as the daemon knows it."""
+
+    def __init__(self, record: DiskRecord | None, process: DiskProcess | None, why: str) -> None:
+        self.record = record
+        self.process = process
+        self.why = why  # why there is no process
+        self.task: asyncio.Task[None] | None = None
+
+
+class Registry:
+    """Implements `control.server.Api`. All tasks belong to `group`."""
+
+    def __init__(self, config: Config, directories: Directories, group: asyncio.TaskGroup) -> None:
+        self._config = config
+        self._directories = directories
+        self._group = group
+        self._disks: dict[str, _Attached] = {}
+        self._moves = Moves(config, directories, group, self._process_of)
+
+    # Starting.
+
+    async def load(self) -> None:
+        """Read the state directory, find or start every disk's process, go on with every move."""
+        await asyncio.to_thread(state.sweep, self._directories)
+        await self._moves.load()
+        for name in self._directories.disk_names():
+            self._load_disk(name)
+        tasks = [
+            self._group.create_task(each.process.settled.wait())
+            for each in self._disks.values()
+            if each.process is not None
+        ]
+        if tasks:
+            await asyncio.wait(tasks, timeout=LOAD_DEADLINE_S)
+            for task in tasks:
+                task.cancel()
+        self._moves.kick()
+
+    def _load_disk(self, name: str) -> None:
+        path = self._directories.disk(name) / "disk.json"
+        try:
+            record = state.read_record(path, DiskRecord)
+            if record.name != name:
+                raise DamagedError(f"{path} is damaged: it names disk {record.name}")
+        except FileNotFoundError:
+            return  # an attach that another daemon began is being undone by its process
+        except DamagedError as error:
+            log.error("disk damaged %s", fields(disk=name, reason=error))
+            self._disks[name] = _Attached(None, None, str(error))
+            return
+        self._keep(name, record)
+
+    def _keep(self, name: str, record: DiskRecord) -> _Attached:
+        process = DiskProcess(
+            name,
+            self._directories,
+            self._config.disk_options(),
+            nbd_access=self._config.nbd_access(),
+            on_job=self._moves.job_changed,
+            on_ready=self._moves.disk_ready,
+        )
+        attached = self._disks[name] = _Attached(record, process, "")
+        attached.task = self._group.create_task(process.keep(), name=f"disk {name}")
+        return attached
+
+    # Disks.
+
+    async def disks(self) -> list[Disk]:
+        """Return every disk, by name."""
+        names = sorted(self._disks)
+        found = await asyncio.gather(*(self._describe(name) for name in names))
+        return list(found)
+
+    async def disk(self, name: str) -> Disk:
+        """Return one disk. Raises RefusedError (`unknown-disk`)."""
+        self._attached(name)
+        return await self._describe(name)
+
+    def _attached(self, name: str) -> _Attached:
+        found = self._disks.get(name)
+        if found is None:
+            known = ", ".join(sorted(self._disks)) or "none is attached"
+            raise RefusedError(
+                "unknown-disk", f"there is no disk {name} here ({known}); see 'mirrord ls'"
+            )
+        return found
+
+    async def _describe(self, name: str) -> Disk:
+        attached = self._disks[name]
+        process = attached.process
+        status = None if process is None else await process.refresh()
+        serving = process is not None and process.state == "serving"
+        record = attached.record
+        socket = self._directories.nbd_socket(name)
+        uri = nbd_uri(name, socket)
+        running = self._moves.unfinished(name)
+        return Disk(
+            name=name,
+            state="refused" if process is None else process.state,
+            reason=attached.why if process is None else process.reason,
+            location=status.location if status else record.location if record else None,
+            size=status.size if status else None,
+            read_only=record.read_only if record else False,
+            cache=record.cache if record else "writeback",
+            uris=Uris(nbd=uri),
+            clients=status.clients if status and serving else 0,
+            job=running.record.id if running else None,
+            snippets=snippets(name, socket, read_only=record.read_only if record else False),
+        )
+
+    async def attach(self, request: AttachRequest) -> Disk:
+        """Serve a location as a disk. Raises UsageError, RefusedError; then nothing has changed."""
+        name = check_name(request.name)
+        location = check_location(request.location)
+        if name in self._disks:
+            raise RefusedError(
+                "name-in-use", f"there is a disk {name} already; choose another name or detach it"
+            )
+        for path in (self._directories.nbd_socket(name), self._directories.channel(name)):
+            check_socket_path(path)
+        record = DiskRecord(name, location, request.cache, request.read_only)
+        attached = self._disks[name] = _Attached(record, None, "it is being attached")
+        try:
+            await asyncio.to_thread(self._refuse_served, record)
+            await asyncio.to_thread(self._prepare_attach, record)
+            attached = self._keep(name, record)
+            await self._attach_settled(attached)
+        except BaseException:
+            if attached.task is not None:
+                attached.task.cancel()
+            self._disks.pop(name, None)
+            directory = self._directories.disk(name)
+            if directory.exists():
+                await asyncio.shield(asyncio.to_thread(state.forget_disk, self._directories, name))
+            raise
+        log.info("attached %s", fields(disk=name, location=location))
+        return await self._describe(name)
+
+    def _refuse_served(self, wanted: DiskRecord) -> None:
+        """Refuse a location that is a disk of ours, or will be one: the same file twice."""
+        for name, location in self._locations():
+            if name != wanted.name and same_location(wanted.location, location):
+                raise RefusedError(
+                    "already-served", f"{wanted.location} is already served as disk {name}"
+                )
+        for move in self._moves.unfinished_moves():
+            if same_location(wanted.location, move.record.target):
+                raise RefusedError(
+                    "already-served",
+                    f"{wanted.location} is the target of the unfinished move of disk "
+                    f"{move.record.disk}",
+                )
+
+    def _locations(self) -> list[tuple[str, str]]:
+        found = []
+        for name, attached in list(self._disks.items()):
+            status = attached.process.status if attached.process is not None else None
+            if status is not None:
+                found.append((name, status.location))
+            elif attached.record is not None:
+                found.append((name, attached.record.location))
+        return found
+
+    def _prepare_attach(self, record: DiskRecord) -> None:
+        directory = self._directories.disk(record.name)
+        state.make_directory(directory)
+        state.write_record(directory / "attach.json", record)
+
+    async def _attach_settled(self, attached: _Attached) -> None:
+        process = attached.process
+        assert process is not None
+        try:
+            async with asyncio.timeout(ATTACH_DEADLINE_S):
+                await process.settled.wait()
+        except TimeoutError as error:
+            process.kill()
+            raise RefusedError(
+                "location-hangs",
+                f"{attached.record and attached.record.location} can't be opened within "
+                f"{ATTACH_DEADLINE_S:.0f} s; its storage hangs",
+            ) from error
+        if process.problem is not None:
+            raise RefusedError(process.problem.code, process.problem.message)
+        if process.state == "detached":
+            raise MirrordError(
+                f"the process of disk {process.name} died while it opened its location; "
+                "the daemon's log says why"
+            )
+
+    async def detach(self, name: str, *, force: bool) -> Disk:
+        """Stop serving a disk. Raises RefusedError (`clients-connected`, `job-running` …)."""
+        attached = self._attached(name)
+        move = self._moves.unfinished(name)
+        process = attached.process
+        alive = process is not None and process.state != "refused"
+        if move is not None and (alive or not force):
+            raise RefusedError(
+                "job-running",
+                f"disk {name} has an unfinished move, {move.record.id}; "
+                + ("wait for it or cancel it first" if alive else "with --force it is given up"),
+            )
+        shown = await self._describe(name)
+        if process is not None and alive:
+            await process.call("detach", type(None), force=force)
+            await self._ended(attached, name)
+        if move is not None:
+            self._moves.conclude(move, "failed", "its disk was detached by force")
+        if self._directories.disk(name).exists():
+            await asyncio.to_thread(state.forget_disk, self._directories, name)
+        self._disks.pop(name, None)
+        log.info("detached %s", fields(disk=name))
+        return msgspec.structs.replace(shown, state="detached", reason=None, clients=0)
+
+    async def _ended(self, attached: _Attached, name: str) -> None:
+        assert attached.task is not None
+        done, _ = await asyncio.wait([attached.task], timeout=DETACH_DEADLINE_S)
+        if not done:
+            raise RefusedError(
+                "disk-stuck",
+                f"disk {name} is closed, but its process has not ended yet; its storage may hang",
+            )
+
+    def _process_of(self, name: str) -> DiskProcess:
+        attached = self._attached(name)
+        if attached.process is None:
+            raise RefusedError("disk-not-serving", f"disk {name} is refused: {attached.why}")
+        return attached.process
+
+    # Moves.
+
+    async def move(self, name: str, request: MoveRequest) -> Job:
+        """Ask for a move. Raises UsageError, RefusedError; then nothing has changed."""
+        attached = self._attached(name)
+        target = check_location(request.target)
+        location = attached.record.location if attached.record else ""
+        return await self._moves.move(name, location, target, request)
+
+    async def jobs(self, disk: str | None) -> list[Job]:
+        """Return all jobs, or a disk's, newest first."""
+        found = await self._moves.jobs(disk)
+        if disk is not None and not found:
+            self._attached(disk)
+        return found
+
+    async def job(self, job_id: str) -> Job:
+        """Return one job. Raises RefusedError (`unknown-job`)."""
+        return await self._moves.job(job_id)
+
+    async def steer(self, job_id: str, verb: str) -> Job:
+        """Pause, resume, cancel or cut over. Raises RefusedError (`wrong-phase`)."""
+        return await self._moves.steer(job_id, verb)
+
+    async def limit(self, job_id: str, request: LimitRequest) -> Job:
+        """Change the bandwidth limit of an unfinished job."""
+        return await self._moves.limit(job_id, request)

@@ -1,0 +1,266 @@
+"""The files of the state directory that name disks and jobs, and the sockets' places.
+
+    STATE/lock                    one daemon a state directory (flock)
+    STATE/version                 refuses a directory that another version made
+    STATE/disks/NAME/disk.json    the disk, once its attach has succeeded
+    STATE/disks/NAME/attach.json  an attach under way; without disk.json it never happened
+    STATE/disks/NAME/lock         flock of the disk process: the fence
+    STATE/jobs/UUID/job.json      what was asked for; never changes
+    STATE/jobs/UUID/ended.json    how it ended, as users see it; derived, or of a job never started
+    STATE/jobs/UUID/log …         journal and maps (`storage/job_files.py`)
+
+Both the daemon and the disk processes use this module; it imports nothing heavy. Functions that
+write block for a sync: call them in a thread where a loop is waiting. A record that can't be read
+raises `DamagedError` naming the file; nothing here repairs or guesses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from mirrord.control.messages import CacheMode, CopyMode, CutoverMode, Job, VerifyMode
+from mirrord.control.sockets import check_socket_path
+from mirrord.errors import DamagedError, RefusedError
+from mirrord.storage import durable
+
+VERSION = 1
+
+
+class DiskRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One attached disk."""
+
+    name: str
+    location: str
+    cache: CacheMode = "writeback"
+    read_only: bool = False
+    version: int = VERSION
+
+
+class JobRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a move was asked to do."""
+
+    id: str
+    disk: str
+    source: str
+    target: str
+    created: str
+    keep_source: bool = False
+    wipe: bool = False
+    force: bool = False
+    verify: VerifyMode = "full"
+    limit: int | None = None
+    mode: CopyMode = "auto"
+    cutover: CutoverMode = "auto"
+    version: int = VERSION
+
+    def as_job(self) -> Job:
+        """Return the job as users see it before anything has begun."""
+        return Job(
+            id=self.id,
+            disk=self.disk,
+            phase="queued",
+            source=self.source,
+            target=self.target,
+            keep_source=self.keep_source,
+            verify=self.verify,
+            mode=self.mode,
+            cutover=self.cutover,
+            limit=self.limit,
+            created=self.created,
+        )
+
+
+Record = TypeVar("Record", DiskRecord, JobRecord, Job)
+
+
+@dataclass(frozen=True, slots=True)
+class Directories:
+    """Where everything of one daemon lies."""
+
+    state: Path
+    runtime: Path
+
+    def disk(self, name: str) -> Path:
+        return self.state / "disks" / name
+
+    def disk_lock(self, name: str) -> Path:
+        return self.disk(name) / "lock"
+
+    def job(self, job_id: str) -> Path:
+        return self.state / "jobs" / job_id
+
+    def nbd_socket(self, name: str) -> Path:
+        return self.runtime / "nbd" / f"{name}.sock"
+
+    def channel(self, name: str) -> Path:
+        return self.runtime / "disks" / f"{name}.sock"
+
+    def disk_names(self) -> list[str]:
+        return sorted(entry.name for entry in _entries(self.state / "disks"))
+
+    def job_ids(self) -> list[str]:
+        return sorted(entry.name for entry in _entries(self.state / "jobs"))
+
+
+def _entries(directory: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(directory) as entries:
+        yield from (entry for entry in entries if entry.is_dir(follow_symlinks=False))
+
+
+def prepare(directories: Directories) -> None:
+    """Make both directories and what lies in them; refuse a state directory of another version.
+
+    Raises RefusedError (`state-unwritable`, `state-version`), DamagedError.
+    """
+    wanted = (
+        (directories.state, 0o700),
+        (directories.state / "disks", 0o700),
+        (directories.state / "jobs", 0o700),
+        (directories.runtime, 0o755),
+        (directories.runtime / "nbd", 0o755),
+        (directories.runtime / "disks", 0o700),
+    )
+    for path, mode in wanted:
+        try:
+            path.mkdir(mode=mode, parents=True, exist_ok=True)
+        except OSError as error:
+            kind = "state" if directories.state in (path, *path.parents) else "runtime"
+            raise _unwritable(kind, path, error) from error
+        if not os.access(path, os.W_OK | os.X_OK):
+            kind = "state" if directories.state in (path, *path.parents) else "runtime"
+            raise _unwritable(kind, path, PermissionError("permission denied"))
+    check_socket_path(directories.channel("x"))
+    _check_version(directories.state / "version")
+
+
+def _unwritable(kind: str, path: Path, error: OSError) -> RefusedError:
+    return RefusedError(
+        f"{kind}-unwritable",
+        f"can't write the {kind} directory {path}: {error.strerror or error}; "
+        f"choose another with --{kind}-dir, or give this user access",
+    )
+
+
+def _check_version(path: Path) -> None:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        try:
+            replace_file(path, f"{VERSION}\n".encode())
+        except OSError as error:
+            raise _unwritable("state", path.parent, error) from error
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path} can't be read ({error}); nothing was changed") from error
+    if text.strip() != str(VERSION):
+        if text.strip().isdecimal():
+            raise RefusedError(
+                "state-version",
+                f"{path.parent} was made by another version of mirrord (its layout is "
+                f"{text.strip()}, this one knows {VERSION}); use that version",
+            )
+        raise DamagedError(
+            f"{path} is damaged: it should hold the number {VERSION}; if the directory is "
+            f"mirrord's, write that number into it"
+        )
+
+
+def take_lock(path: Path) -> int | None:
+    """Return the descriptor of the file at `path` with an exclusive flock, or None if it is taken.
+
+    The lock belongs to the open file: a child that inherits the descriptor holds it as well.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if durable.try_flock(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """Read a record. Raises FileNotFoundError, DamagedError (naming the file)."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        raise
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise DamagedError(
+            f"{path} is damaged ({error}); nothing was changed: put a good copy in its place"
+        ) from error
+
+
+def write_record(path: Path, record: DiskRecord | JobRecord | Job) -> None:
+    """Replace the record at `path`; durable on return."""
+    encoded = msgspec.json.format(msgspec.json.encode(record), indent=1)
+    replace_file(path, encoded + b"\n")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace the file at `path` as one durable step: the old content or the new, never a mix."""
+    with _opened(path.parent) as directory:
+        durable.replace(directory, path.name, content)
+
+
+def sync_directory(path: Path) -> None:
+    """Make what was created, renamed or removed in the directory durable."""
+    with _opened(path) as directory:
+        durable.sync_directory(directory)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory and its entry; durable on return. It may exist."""
+    path.mkdir(mode=0o700, exist_ok=True)
+    sync_directory(path.parent)
+
+
+def forget_disk(directories: Directories, name: str) -> None:
+    """Remove a disk's directory. Its record goes first, so a crash leaves no half disk."""
+    directory = directories.disk(name)
+    with contextlib.suppress(FileNotFoundError):
+        (directory / "disk.json").unlink()
+        sync_directory(directory)
+    shutil.rmtree(directory)
+    sync_directory(directory.parent)
+
+
+def forget_job(directories: Directories, job_id: str) -> None:
+    """Remove a job as if it had never been; in one step, so that no crash leaves half of it."""
+    forgotten = directories.state / "jobs" / f".{job_id}.forgotten"
+    directories.job(job_id).rename(forgotten)
+    sync_directory(forgotten.parent)
+    shutil.rmtree(forgotten)
+
+
+def sweep(directories: Directories) -> None:
+    """Remove what a crash left of things that were being made or forgotten."""
+    for job_id in directories.job_ids():
+        directory = directories.job(job_id)
+        unasked = not any((directory / name).exists() for name in ("job.json", "log"))
+        if job_id.startswith(".") or unasked:
+            shutil.rmtree(directory)
+    for name in directories.disk_names():
+        directory = directories.disk(name)
+        if (directory / "disk.json").exists():
+            continue
+        lock = take_lock(directory / "lock")
+        if lock is not None:  # else a process is just finishing an attach
+            if not (directory / "disk.json").exists():
+                shutil.rmtree(directory)
+            os.close(lock)

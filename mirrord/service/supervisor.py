@@ -1,0 +1,331 @@
+"""One disk's process as the daemon sees it: started, found again, talked to, started again.
+
+The disk's lock file decides who serves it. The daemon takes the lock and hands it to the process
+that it starts, so there is no instant at which two could serve; when it is taken, a process from
+before the daemon's own restart is alive, and is found again by its private channel. Its end is
+known by a pidfd, never by a guess. The guests' listening socket is held here as well: while a
+process starts again, connects wait in its backlog instead of failing.
+
+    starting ──ready──▸ serving ──died──▸ starting …         (at once; slower when it keeps dying)
+        └──refused──▸ refused       serving ──detach──▸ detached
+
+Crash points: an attach becomes true when the process renames attach.json to disk.json, just
+before it says that it is ready; a detach when the process removes disk.json. So what happened is
+read from the directory, not remembered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from mirrord.control.messages import DiskState, DiskStatus, Job, Problem, Report
+from mirrord.control.sockets import Access, dial, listen, peer, remove_socket
+from mirrord.errors import MirrordError, RefusedError
+from mirrord.service.channel import Channel, ChannelClosedError, fetch_listener, readable
+from mirrord.service.logs import fields
+from mirrord.service.state import Directories, take_lock
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+# A process that served so long did not die of its start: it is started again without delay.
+STEADY_S = 10.0
+# Delays between starts of one that keeps dying; the first is at once. The last stays.
+RESTART_DELAYS_S = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
+# How often a process that lives but doesn't answer yet is tried again.
+CONNECT_RETRY_S = 0.05
+# Status is in the process's memory; one that doesn't answer for so long is stuck.
+STATUS_DEADLINE_S = 2.0
+# A call waits so long for a process that is being started again: recovery reads two maps.
+READY_DEADLINE_S = 10.0
+# Moves begin by creating and preallocating a target, detach by a last flush: both touch storage.
+CALL_DEADLINE_S = 60.0
+# Handing over a descriptor touches no storage.
+LISTENER_DEADLINE_S = 5.0
+
+
+class DiskProcess:
+    """Keeps one disk served. `keep` is its owner task; everything else may be called any time."""
+
+    def __init__(
+        self,
+        name: str,
+        directories: Directories,
+        options: list[str],
+        *,
+        nbd_access: Access,
+        on_job: Callable[[Job], None],
+        on_ready: Callable[[DiskStatus], None],
+    ) -> None:
+        self.name = name
+        self.state: DiskState = "starting"
+        self.reason: str | None = None
+        self.problem: Problem | None = None
+        self.status: DiskStatus | None = None
+        self.pid: int | None = None
+        self.settled = asyncio.Event()  # serving, refused or detached for the first time
+        self._directories = directories
+        self._options = options
+        self._access = nbd_access
+        self._on_job = on_job
+        self._on_ready = on_ready
+        self._listener: socket.socket | None = None
+        self._channel: Channel | None = None
+        self._answering = asyncio.Event()
+
+    # For the registry.
+
+    @property
+    def serving(self) -> bool:
+        return self.state == "serving"
+
+    async def call(self, verb: str, answer: type[Answer], **params: Any) -> Answer:
+        """Ask the process, waiting a while for one that is being started.
+
+        Raises RefusedError: as the process said it, or `disk-not-serving`, or `disk-restarted`
+        (it died meanwhile: whether the request took effect is to be looked up).
+        """
+        channel = await self._wait_for_channel()
+        try:
+            return await channel.call(verb, answer, deadline_s=CALL_DEADLINE_S, **params)
+        except ChannelClosedError as error:
+            raise RefusedError(
+                "disk-restarted",
+                f"the process of disk {self.name} ended during the request and is being started "
+                f"again; look with 'mirrord show {self.name}', then try again",
+            ) from error
+        except TimeoutError as error:
+            raise RefusedError(
+                "disk-stuck",
+                f"the process of disk {self.name} has not answered for {CALL_DEADLINE_S:.0f} s; "
+                "its storage may hang",
+            ) from error
+
+    async def _wait_for_channel(self) -> Channel:
+        if self.state == "starting":
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(READY_DEADLINE_S):
+                    await self._answering.wait()
+        if self._channel is None:
+            raise RefusedError(
+                "disk-not-serving",
+                f"disk {self.name} is {self.state}" + (f": {self.reason}" if self.reason else ""),
+            )
+        return self._channel
+
+    async def refresh(self) -> DiskStatus | None:
+        """Return what the process says about itself now, else what it said last."""
+        channel = self._channel
+        if channel is not None:
+            with contextlib.suppress(ChannelClosedError, TimeoutError):
+                self.status = await channel.call("status", DiskStatus, deadline_s=STATUS_DEADLINE_S)
+        return self.status
+
+    def kill(self) -> None:
+        """End the process at once; `keep` does what follows."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    # The owner task.
+
+    async def keep(self) -> None:
+        """Keep the disk served until it is detached or refuses. Cancelling leaves it serving."""
+        deaths = 0
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                began = loop.time()
+                refusal = await self._one_life()
+                if refusal is not None:
+                    return self._refuse(refusal)
+                if not (self._directories.disk(self.name) / "disk.json").exists():
+                    return self._end("detached", None)
+                deaths = 0 if loop.time() - began > STEADY_S else deaths + 1
+                delay_s = RESTART_DELAYS_S[min(deaths, len(RESTART_DELAYS_S) - 1)]
+                log.warning("restarting disk process %s", fields(disk=self.name, delay_s=delay_s))
+                await asyncio.sleep(delay_s)
+        finally:
+            if self._listener is not None:
+                self._listener.close()
+
+    async def _one_life(self) -> Problem | None:
+        """Start a process or find the living one, and return after its end: why it refused."""
+        lock = take_lock(self._directories.disk_lock(self.name))
+        if lock is None:
+            pidfd = await self._find_again()
+            if pidfd is None:
+                return None
+            await self._follow(pidfd)
+            return None
+        try:
+            process, report = self._start(lock)
+        except OSError as error:
+            log.error("start failed %s", fields(disk=self.name, error=error))
+            self.reason = f"its process can't be started: {error}"
+            return None
+        finally:
+            os.close(lock)
+        pidfd = os.pidfd_open(process.pid)
+        self.pid = process.pid
+        try:
+            refusal = (await _read_report(report)).refused
+        except BaseException:
+            os.close(pidfd)
+            raise
+        if refusal is not None:
+            await readable(pidfd)
+            os.close(pidfd)
+        else:
+            await self._follow(pidfd)
+        self.pid = None
+        log.info("disk process ended %s", fields(disk=self.name, status=process.wait()))
+        return refusal
+
+    def _start(self, lock: int) -> tuple[subprocess.Popen[bytes], int]:
+        """Start a process that holds the lock and listens; return it and its report's pipe."""
+        if self._listener is None:
+            self._listener = listen(self._directories.nbd_socket(self.name), self._access)
+        report, report_writer = os.pipe()
+        listener = self._listener.fileno()
+        command = [
+            *(sys.executable, "-P", "-m", "mirrord.service.disk_process"),
+            *("--state", os.fspath(self._directories.state)),
+            *("--runtime", os.fspath(self._directories.runtime)),
+            *("--name", self.name),
+            *("--listen-fd", str(listener), "--report-fd", str(report_writer)),
+            *self._options,
+        ]
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(lock, listener, report_writer),
+                start_new_session=True,  # the terminal's Ctrl-C is the daemon's alone
+                cwd="/",
+            )
+        except BaseException:
+            os.close(report)
+            raise
+        finally:
+            os.close(report_writer)
+        log.info("started disk process %s", fields(disk=self.name, pid=process.pid))
+        return process, report
+
+    async def _find_again(self) -> int | None:
+        """Find the process that holds the lock; return its pidfd, or None if it has ended."""
+        path = self._directories.channel(self.name)
+        while True:
+            try:
+                with dial(path) as connection:
+                    pid, _, _ = peer(connection)
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                lock = take_lock(self._directories.disk_lock(self.name))
+                if lock is not None:
+                    os.close(lock)
+                    return None
+                await asyncio.sleep(CONNECT_RETRY_S)
+                continue
+            try:
+                listener = await fetch_listener(path, LISTENER_DEADLINE_S)
+            except (OSError, ChannelClosedError, TimeoutError):
+                os.close(pidfd)
+                await asyncio.sleep(CONNECT_RETRY_S)
+                continue
+            except BaseException:
+                os.close(pidfd)
+                raise
+            if self._listener is not None:
+                self._listener.close()
+            self._listener, self.pid = listener, pid
+            log.info("found disk process %s", fields(disk=self.name, pid=pid))
+            return pidfd
+
+    async def _follow(self, pidfd: int) -> None:
+        """Talk to the process until it ends."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                talk = group.create_task(self._talk())
+                await readable(pidfd)
+                talk.cancel()
+        finally:
+            os.close(pidfd)
+
+    async def _talk(self) -> None:
+        """Keep a channel to the process; another one when the first breaks."""
+        path = self._directories.channel(self.name)
+        while True:
+            try:
+                channel = await Channel.connect(path, self._on_job)
+            except OSError:
+                await asyncio.sleep(CONNECT_RETRY_S)
+                continue
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(channel.run())
+                    group.create_task(self._greet(channel))
+            finally:
+                self._channel = None
+                self._answering.clear()
+                self.state = "starting"
+                self.reason = "its process ended and is being started again"
+            await asyncio.sleep(CONNECT_RETRY_S)
+
+    async def _greet(self, channel: Channel) -> None:
+        try:
+            self.status = await channel.call("status", DiskStatus, deadline_s=READY_DEADLINE_S)
+        except (ChannelClosedError, TimeoutError, MirrordError) as error:
+            log.warning("disk process does not answer %s", fields(disk=self.name, error=error))
+            channel.abandon()
+            return
+        self._channel = channel
+        self.state = "serving"
+        self.reason = None
+        self._answering.set()
+        self.settled.set()
+        self._on_ready(self.status)
+
+    def _refuse(self, problem: Problem) -> None:
+        self.problem = problem
+        log.error("disk refused %s", fields(disk=self.name, reason=problem.message))
+        self._end("refused", problem.message)
+
+    def _end(self, state: DiskState, reason: str | None) -> None:
+        """Nobody serves the disk any more: guests are told so by a connect that fails."""
+        self.state, self.reason = state, reason
+        remove_socket(self._directories.nbd_socket(self.name))
+        remove_socket(self._directories.channel(self.name))
+        self._answering.set()
+        self.settled.set()
+
+
+async def _read_report(pipe: int) -> Report:
+    """Return what a starting process reports; an empty report when it died before."""
+    data = b""
+    try:
+        os.set_blocking(pipe, False)
+        while True:
+            await readable(pipe)
+            part = os.read(pipe, 65536)
+            if not part:
+                break
+            data += part
+    finally:
+        os.close(pipe)
+    if not data:
+        return Report()
+    return msgspec.json.decode(data, type=Report)

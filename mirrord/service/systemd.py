@@ -1,0 +1,42 @@
+"""What systemd is told and gives: readiness by NOTIFY_SOCKET, sockets by LISTEN_FDS.
+
+The protocols are those of sd_notify(3) and sd_listen_fds(3); without systemd all of it is quiet.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+_FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
+
+
+class Systemd:
+    """The service manager, if there is one. What it told is taken out of the environment:
+    it was meant for this process alone, and disk processes are started from here.
+    """
+
+    def __init__(self) -> None:
+        self._address = os.environ.pop("NOTIFY_SOCKET", "")
+        told = [os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")]
+        self._listens = told[:2] == [str(os.getpid()), "1"]
+
+    def notify(self, state: str) -> None:
+        """Tell it `state`, such as READY=1. Raises OSError when it asked and can't be told."""
+        if not self._address:
+            return
+        address = self._address
+        if address.startswith("@"):
+            address = "\0" + address[1:]  # an abstract socket
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as told:
+            told.connect(address)
+            told.sendall(state.encode())
+
+    def listener(self) -> socket.socket | None:
+        """Return the control socket that a socket unit made, if this process was started by it."""
+        if not self._listens:
+            return None
+        os.set_inheritable(_FIRST_DESCRIPTOR, False)
+        listener = socket.socket(fileno=_FIRST_DESCRIPTOR)
+        listener.setblocking(False)
+        return listener
