@@ -37,10 +37,13 @@ IMPURE = {
 MODULES = python_files("mirrord")
 
 
+COMMAND_LINE = {"cli", "demo", "display", "waiting"}  # modules of one layer, without a folder
+
+
 def layer(name: str) -> str:
-    """Return the layer of a module: its first name below the package, `cli_demo` being `cli`."""
+    """Return the layer of a module: its first name below the package."""
     first = name.split(".")[1] if "." in name else ""
-    return "cli" if first.startswith("cli_") or first == "demo" else first
+    return "cli" if first in COMMAND_LINE else first
 
 
 def permitted(importer: str, imported: str) -> bool:

@@ -50,6 +50,7 @@ def test_what_others_call_has_a_docstring(path: Path) -> None:
         and not node.name.startswith("_")
         and not ast.get_docstring(node)
         and not _is_explained_elsewhere(scope, node)
+        and not _is_a_name_for_a_value(node)
     ]
     assert not missing, f"no docstring: {missing}"
 
@@ -57,3 +58,10 @@ def test_what_others_call_has_a_docstring(path: Path) -> None:
 def _is_explained_elsewhere(scope: ast.AST, node: ast.AST) -> bool:
     """Tell whether a method only fulfils an interface, whose docstring holds."""
     return isinstance(scope, ast.ClassDef) and bool(scope.bases or scope.decorator_list)
+
+
+def _is_a_name_for_a_value(node: ast.AST) -> bool:
+    """Tell whether it is a property or an enumeration: its name and values say what it is."""
+    if isinstance(node, ast.ClassDef):
+        return any("Enum" in ast.unparse(base) for base in node.bases)
+    return any(ast.unparse(one) == "property" for one in getattr(node, "decorator_list", []))
