@@ -10,8 +10,8 @@ not empty. The owner answers each once, in any order, through `answer*`, tells `
 * A request whose payload hasn't come whole doesn't exist: a client that goes away in its middle
   has written nothing.
 * A refused write's payload is consumed before the refusal is sent, so both ends stay in step.
-* The order of the requests that `take` returns, and all answers given here, depend on the bytes
-  and the limits alone, not on how the bytes were cut.
+* Which requests `take` returns, in which order, and which are refused, depends on the bytes and
+  the limits alone, not on how the bytes were cut; what follows a violation never happens.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ class Session:
         """Return the requests that have come, as far as the limits allow.
 
         `room_bytes` is what this session may hold in addition, as the owner sees it.
-        Raises: ProtocolError when the connection must be closed; nothing of the request that
-        caused it happens, and no later one does.
+        Raises: ProtocolError when the connection must be closed. The requests before the
+        violation were returned by an earlier call.
         """
         self.blocked = False
         inbox, limits = self._inbox, self._limits
@@ -202,14 +202,20 @@ class Session:
         """Handle the request at the inbox's start, whatever it is; False when `take` must stop."""
         inbox = self._inbox
         magic, flags, command, cookie, offset, length = _unpack(inbox.data, inbox.start)
+        violation = ""
         if magic != REQUEST_MAGIC:
-            raise ProtocolError(f"a request starts with {magic:#x}")
+            violation = f"a request starts with {magic:#x}"
+        elif command == CMD_WRITE and length > self._limits.payload_bytes_max:
+            violation = f"a write of {length} bytes"
+        if violation:
+            if not found:
+                raise ProtocolError(violation)
+            self.blocked = True  # those before it come first
+            return False
         if command == wire.CMD_DISC:
             self.ended = True
             inbox.start = inbox.end
             return False
-        if command == CMD_WRITE and length > self._limits.payload_bytes_max:
-            raise ProtocolError(f"a write of {length} bytes")
         error = self._refusal(command, flags, offset, length)
         if error is not None:
             return self._refuse(command, cookie, error, length)
