@@ -88,7 +88,8 @@ class Machine:
         self.source_names.names["disk"] = source
         self.source_names.sync()
         if scenario.target_device:
-            old = SimFile(world, 2, scenario.size, rng.randbytes(scenario.size))
+            size = scenario.size + rng.choice((0, 0, 1, 40))  # a device may be larger
+            old = SimFile(world, 2, size, rng.randbytes(size))
             self.target_names.names["disk"] = old
             self.target_names.sync()
         self.files = SimFiles(world, JOB_ID, dirty_bytes_for(scenario.size))
@@ -209,6 +210,8 @@ class Machine:
         self._adopted: list[asyncio.Task[None]] = []
         self._job: Job | None = None
         disk, job = await self._open()
+        if disk.size != self.scenario.size:
+            self.world.violate(f"the disk's size changed to {disk.size}")
         async with asyncio.TaskGroup() as group:
             for guest in self.guests:
                 group.create_task(self._use(guest, disk), name="guest")
@@ -256,6 +259,7 @@ class Machine:
             if not self.world.faults_hit:
                 self.world.violate(f"the move was refused without a fault: {error}")
             self.world.tell("refused", error)
+            self.files.log = self.files.map = None  # a refused job's directory is removed
             self._concluded(Phase.FAILED)
             return None
 

@@ -95,6 +95,7 @@ def draw(seed: int) -> Scenario:
     size = rng.randrange(2, 25) * BLOCK * 2
     if chance() < 0.4:
         size += rng.randrange(1, 2 * BLOCK)  # the last blocks are short
+    device = chance() < 0.15
     scenario = Scenario(
         seed=seed,
         size=size,
@@ -107,9 +108,9 @@ def draw(seed: int) -> Scenario:
         fair=chance() < 0.25,
         settings=_settings(rng),
         source_able=Capabilities(chance() < 0.8, chance() < 0.5, True, True),
-        target_able=Capabilities(chance() < 0.8, chance() < 0.5, True, True),
+        target_able=Capabilities(chance() < 0.8, chance() < 0.5, not device, True),
         source_device=chance() < 0.1,
-        target_device=chance() < 0.15,
+        target_device=device,
         loads=_loads(rng),
         eager={"source": rng.choice((0.0, 0.5, 0.95)), "target": rng.choice((0.0, 0.0, 0.5))},
         slow={"target": rng.choice((1, 1, 3, 10)), "source": rng.choice((1, 1, 1, 4))},

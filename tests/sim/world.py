@@ -227,6 +227,7 @@ class _Call:
         "effects",
         "failed",
         "fault",
+        "hung",
         "operation",
         "owner",
         "told",
@@ -253,6 +254,7 @@ class _Call:
         self.failed = failed
         self.told = told
         self.owner = owner
+        self.hung = False
         if owner is not None:
             owner.began()
         self.answer: asyncio.Future[None] = world.loop.create_future()
@@ -262,7 +264,8 @@ class _Call:
     def delay_s(self) -> float:
         world = self.world
         delay_s = DELAYS_S[int(world.random() * len(DELAYS_S))] * world.slow.get(self.who, 1.0)
-        if self.fault is not None:
+        if self.fault is not None and not self.hung:
+            self.hung = True
             delay_s += self.fault.hang_s
         return delay_s
 
