@@ -145,6 +145,16 @@ def test_answers_cut_anyhow_are_the_same(sizes: list[int]) -> None:
     assert len(whole) == 4
 
 
+@given(st.lists(st.integers(1, 30), max_size=60))
+def test_a_handshake_cut_anyhow_is_the_same(sizes: list[int]) -> None:
+    said = GREETING + GRANTED + wire.pack_option_reply(CONTEXT, wire.REP_ACK) + EXPORT + ACK
+    client = ClientSession("disk")
+    for piece in cut(said, [1, *sizes]):
+        assert client.info is None
+        feed(client, piece)
+    assert client.info is not None
+
+
 # Servers without structured replies, without contexts, with other manners
 
 GREETING = wire.GREETING.pack(wire.GREETING_MAGIC, wire.OPTION_MAGIC, 3)
