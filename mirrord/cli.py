@@ -99,6 +99,7 @@ def mirrord_command(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    """Print the version, or the help when no command is given."""
     if version:
         print(f"mirrord {mirrord.__version__}")
         raise typer.Exit
@@ -170,7 +171,10 @@ def ls(json: Json = False, socket: Socket = None) -> None:
 
 @app.command()
 def show(name: Name, json: Json = False, socket: Socket = None) -> None:
-    """Show one disk, with lines to paste for QEMU, libvirt and nbd-client."""
+    """Show one disk, with lines to paste.
+
+    They are for QEMU, libvirt and nbd-client.
+    """
     display.put(_client(socket).disk(check_name(name)), json, display.disk)
 
 
@@ -212,7 +216,10 @@ def move(
     json: Json = False,
     socket: Socket = None,
 ) -> None:
-    """Move disk NAME to TARGET while its guest goes on, and show how it goes."""
+    """Move a disk while its guest goes on.
+
+    Shows how it goes until it ends; --no-wait returns at once.
+    """
     check_name(name)
     request = MoveRequest(
         absolute(target),
@@ -277,7 +284,7 @@ def _steer(name: str, verb: str, json: bool, socket: Path | None) -> None:
 
 @app.command()
 def pause(name: Name, json: Json = False, socket: Socket = None) -> None:
-    """Stop copying until 'mirrord resume'. The guest goes on."""
+    """Hold a move; the guest goes on."""
     _steer(name, "pause", json, socket)
 
 

@@ -5,7 +5,6 @@ Plain text throughout; only a progress bar on a terminal needs more, and imports
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -40,6 +39,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def disks(found: list[Disk]) -> str:
+    """Return the table of `ls`."""
     if not found:
         return "no disks; 'mirrord attach NAME LOCATION' serves one"
     rows = [
@@ -61,14 +61,17 @@ def _size(disk: Disk) -> str:
 
 
 def attached(disk: Disk) -> str:
+    """Say that a disk is served, and where; the URI has a line of its own."""
     return f"disk {disk.name} of {_size(disk)} is served\n{disk.uris.nbd}"
 
 
 def detached(disk: Disk) -> str:
+    """Say that a disk is served no more."""
     return f"disk {disk.name} is no longer served; its bytes are at {disk.location}"
 
 
 def disk(shown: Disk) -> str:
+    """Return all about one disk."""
     lines = [
         ("name", shown.name),
         ("state", shown.state if shown.reason is None else f"{shown.state}: {shown.reason}"),
@@ -80,7 +83,7 @@ def disk(shown: Disk) -> str:
         ("job", shown.job or "-"),
         ("nbd", shown.uris.nbd or "-"),
     ]
-    text = _pairs(lines)
+    text = pairs(lines)
     if shown.snippets is not None:
         text += (
             f"\n\nQEMU\n{shown.snippets.qemu}"
@@ -90,12 +93,14 @@ def disk(shown: Disk) -> str:
     return text
 
 
-def _pairs(lines: Sequence[tuple[str, str]]) -> str:
+def pairs(lines: Sequence[tuple[str, str]]) -> str:
+    """Return keys and values in two columns."""
     width = max(len(key) for key, _ in lines)
     return "\n".join(f"{key.ljust(width)}  {value}" for key, value in lines)
 
 
 def jobs(found: list[Job]) -> str:
+    """Return the table of `jobs`."""
     if not found:
         return "no moves; 'mirrord move NAME TARGET' starts one"
     rows = [
@@ -114,6 +119,7 @@ def jobs(found: list[Job]) -> str:
 
 
 def job(shown: Job) -> str:
+    """Return all about one job, its story at the end."""
     rows = [
         ("id", shown.id),
         ("disk", shown.disk),
@@ -122,7 +128,7 @@ def job(shown: Job) -> str:
         ("source", shown.source + (" (kept)" if shown.keep_source else "")),
         ("target", shown.target),
         ("total", format_bytes(shown.bytes_total)),
-        ("copied", f"{format_bytes(shown.bytes_copied)} in {_passes(shown)}"),
+        ("copied", f"{format_bytes(shown.bytes_copied)} in {passes(shown)}"),
         ("left", format_bytes(shown.bytes_remaining)),
         ("copy rate", _rate(shown.copy_rate)),
         ("dirty rate", _rate(shown.dirty_rate)),
@@ -134,14 +140,15 @@ def job(shown: Job) -> str:
         ("ended", shown.ended or "-"),
     ]
     story = "".join(f"\n  {step.time[:19]}  {step.phase}: {step.text}" for step in shown.story)
-    return _pairs(rows) + story
+    return pairs(rows) + story
 
 
 def _rate(rate: float | None) -> str:
     return "-" if rate is None else format_rate(rate)
 
 
-def _passes(shown: Job) -> str:
+def passes(shown: Job) -> str:
+    """Return the number of passes, in words."""
     return "1 pass" if shown.passes == 1 else f"{shown.passes} passes"
 
 
@@ -164,7 +171,7 @@ def outcome(shown: Job) -> str:
         verified = ", verified" if shown.verified else ", not verified"
         return (
             f"disk {shown.disk} is now at {shown.target}: copied "
-            f"{format_bytes(shown.bytes_copied)} in {_passes(shown)}{pause}{verified}"
+            f"{format_bytes(shown.bytes_copied)} in {passes(shown)}{pause}{verified}"
             + (f"; {shown.reason}" if shown.reason else "")
         )
     return (
@@ -273,8 +280,3 @@ def _bar(stream: TextIO, first: Job) -> Any:
     bar.add_task(f"{first.disk} {first.phase}", total=1.0, told="")
     bar.start()
     return bar
-
-
-def fail(message: str) -> None:
-    """Print a remark for people on standard error."""
-    print(f"mirrord: {message}", file=sys.stderr)

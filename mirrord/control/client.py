@@ -55,35 +55,45 @@ class Client:
         self._connection = _Connection(path)
 
     def close(self) -> None:
+        """Hang up. Idempotent."""
         self._connection.close()
 
     def disks(self) -> list[Disk]:
+        """Return every disk, by name."""
         return self._ask("GET", "/v1/disks", list[Disk])
 
     def disk(self, name: str) -> Disk:
+        """Return one disk."""
         return self._ask("GET", f"/v1/disks/{_part(name)}", Disk)
 
     def attach(self, request: AttachRequest) -> Disk:
+        """Serve a location as a disk."""
         return self._ask("POST", "/v1/disks", Disk, request)
 
     def detach(self, name: str, *, force: bool = False) -> Disk:
+        """Stop serving a disk; return how it was."""
         suffix = "?force=true" if force else ""
         return self._ask("DELETE", f"/v1/disks/{_part(name)}{suffix}", Disk)
 
     def move(self, name: str, request: MoveRequest) -> Job:
+        """Ask for a move; return its job."""
         return self._ask("POST", f"/v1/disks/{_part(name)}/move", Job, request)
 
     def jobs(self, disk: str | None = None) -> list[Job]:
+        """Return all jobs, or a disk's, newest first."""
         suffix = "" if disk is None else "?" + urlencode({"disk": disk})
         return self._ask("GET", f"/v1/jobs{suffix}", list[Job])
 
     def job(self, job_id: str) -> Job:
+        """Return one job, by its id or the beginning of it."""
         return self._ask("GET", f"/v1/jobs/{_part(job_id)}", Job)
 
     def steer(self, job_id: str, verb: str) -> Job:
+        """Pause, resume, cancel or cut over a job; return it."""
         return self._ask("POST", f"/v1/jobs/{_part(job_id)}/{verb}", Job)
 
     def limit(self, job_id: str, limit: int) -> Job:
+        """Change a job's bandwidth limit, in bytes a second; 0 is none."""
         return self._ask("PATCH", f"/v1/jobs/{_part(job_id)}", Job, LimitRequest(limit))
 
     def _ask(self, method: str, path: str, answer: type[Answer], body: Any = None) -> Answer:

@@ -70,8 +70,10 @@ class Channel:
         try:
             while line := await self._reader.readline():
                 self._receive(msgspec.json.decode(line, type=Reply))
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
-            log.warning("channel broke %s", fields(pid=self.pid, error=error))
+        except OSError as error:
+            log.info("disk process channel lost %s", fields(pid=self.pid, error=error))
+        except (ValueError, msgspec.MsgspecError) as error:
+            log.warning("disk process channel broke %s", fields(pid=self.pid, error=error))
         finally:
             self.closed.set()
             self._writer.close()
@@ -193,8 +195,10 @@ class ChannelServer:
                 task = asyncio.create_task(self._answer(call, writer))
                 self._calls.add(task)
                 task.add_done_callback(self._calls.discard)
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
-            log.warning("channel broke %s", fields(error=error))
+        except OSError as error:
+            log.info("daemon's channel lost %s", fields(error=error))
+        except (ValueError, msgspec.MsgspecError) as error:
+            log.warning("daemon's channel broke %s", fields(error=error))
         finally:
             self._writers.discard(writer)
             writer.close()

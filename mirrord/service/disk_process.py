@@ -114,9 +114,7 @@ class DiskProcess:
             waiting = group.create_task(self._detached.wait())
             waiting.add_done_callback(lambda _: told.put_nowait(None))
             why = await told.get()
-            log.info(
-                "stopping %s", fields(disk=self._name, why=why.name if why else "detach")
-            )
+            log.info("stopping %s", fields(disk=self._name, why=why.name if why else "detach"))
             await self._server.stop(STOP_DEADLINE_S, coming_back=why is signal.SIGHUP)
             moving.cancel()
             waiting.cancel()

@@ -252,7 +252,10 @@ class Mover:
             raise
         self._job, self._job_record = job, record
         self._group.create_task(self._run_job(job, record))
-        return history.told(record, job.status().summary())
+        await self._shows(lambda shown: shown.phase != "queued")
+        shown = self.job()
+        assert shown is not None
+        return shown
 
     async def steer(self, verb: str, job_id: str, limit: int | None) -> Job:
         """Pause, resume, cancel, cut over or limit; return the job once that shows."""
