@@ -1,0 +1,90 @@
+"""The recommended protocol breaks no promise, and the model would see if it did.
+
+The default bounds are for every run of the suite. With MIRRORD_MODEL_FULL set, the bounds of the
+published figures: two writes, a flush and two crashes, or three writes, a flush and one crash
+(minutes, and a gigabyte of memory).
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from mirrord.core.journal import Kind
+from tests.model.cutover_model import (
+    DONE,
+    MISTAKES,
+    Bounds,
+    Flush,
+    Mistakes,
+    State,
+    Write,
+    begin,
+    explore,
+)
+
+FULL = bool(os.environ.get("MIRRORD_MODEL_FULL"))
+
+# Bounds, reachable states, states in which the move is over. The counts are those of the first,
+# independent formulation of this model: a change of either has to be meant.
+RUNS = [
+    (Bounds(writes=1, flushes=1, crashes=2), 44_004, 560),
+    (Bounds(writes=2, flushes=0, crashes=1), 54_250, 566),
+    (Bounds(writes=2, flushes=0, crashes=1, restarts=1), 138_720, 1_196),
+]
+LONG_RUNS = [
+    (Bounds(writes=2, flushes=1, crashes=1), 174_481, 1_616),
+    (Bounds(writes=2, flushes=1, crashes=2), 413_085, 3_508),
+    (Bounds(writes=3, flushes=1, crashes=1), 997_957, None),
+]
+
+
+@pytest.mark.timeout(900 if FULL else 120)
+@pytest.mark.parametrize(("bounds", "states", "ends"), RUNS + (LONG_RUNS if FULL else []))
+def test_the_protocol_keeps_every_promise(bounds: Bounds, states: int, ends: int | None) -> None:
+    result = explore(Mistakes(), bounds)
+    assert result.violation is None, result.story()
+    assert result.states == states
+    assert ends is None or result.ends == ends
+
+
+def bounds_for(mistake: str) -> Bounds:
+    """Return the least that shows the mistake."""
+    if mistake == "target_restart_trusts_unflushed":
+        return Bounds(writes=1, flushes=0, crashes=0, restarts=1)
+    if mistake == "recovery_acts_on_unsynced_journal":
+        return Bounds(writes=1, flushes=1, crashes=2)  # a kill, then a power cut
+    return Bounds(writes=1, flushes=1, crashes=1)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_every_mistake_is_found(mistake: str) -> None:
+    result = explore(Mistakes(**{mistake: True}), bounds_for(mistake))
+    assert result.violation is not None, f"{result.states} states and no counter-example"
+    assert len(result.trace) > 3
+    assert result.violation in result.story()
+
+
+def test_there_are_fifteen_mistakes() -> None:
+    assert len(MISTAKES) == 15
+
+
+def test_a_story_tells_what_changed() -> None:
+    result = explore(Mistakes(gate_without_drain=True), Bounds(1, 0, 0))
+    story = result.story().splitlines()
+    assert story[0].startswith("the move is done, and the target misses a write, after")
+    assert len(story) == len(result.trace)
+    assert any("gate_open: True -> False" in line for line in story)
+
+
+def test_requests_of_different_kinds_are_different_states() -> None:
+    assert len(Write._fields) != len(Flush._fields)  # named tuples compare by content alone
+
+
+def test_the_model_speaks_of_the_journal_as_it_is() -> None:
+    result = explore(Mistakes(gate_without_drain=True), Bounds(1, 0, 0))
+    final: State = result.trace[-1]
+    assert final.at == DONE
+    assert set(final.journal) <= {kind.name for kind in Kind}
+    assert begin(Bounds(0, 0, 0)).journal == ()
