@@ -75,6 +75,8 @@ class JobFiles(JobStore):
         self.job_id = job_id
         self.same_boot = False
         self.dirty = memoryview(dirty)[HEADER_BYTES:]
+        self._header = memoryview(dirty)[:HEADER_BYTES]
+        self._vouched = bytes(HEADER_BYTES)
         self._directory = directory
         self._lock = lock
         self._files: dict[str, int] = {}
@@ -127,7 +129,11 @@ class JobFiles(JobStore):
             raise
         files = cls(path.name, directory, lock, dirty, map_bytes)
         files.same_boot = same_boot
+        files._vouched = header
         return files
+
+    def vouch(self) -> None:
+        self._header[:] = self._vouched
 
     async def create(self, map_bytes: bytes) -> None:
         """Create journal and intent map anew; see `JobStore.create`. Replaces what an attempt
@@ -264,5 +270,4 @@ def _map_dirty(directory: int, header: bytes, dirty_bytes: int) -> tuple[mmap.mm
         os.close(descriptor)
     mapped[:HEADER_BYTES] = bytes(HEADER_BYTES)
     mapped[HEADER_BYTES:] = b"\xff" * dirty_bytes
-    mapped[:HEADER_BYTES] = header
     return mapped, False

@@ -1,0 +1,97 @@
+"""What the storage tests stand on: loop devices and file systems of their own.
+
+Everything made here is undone by the context manager that made it, also when the test fails.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mirrord.core.geometry import MIB
+from tests.helpers import require_loop_devices, require_program
+
+RUN_DEADLINE_S = 30
+
+# The least that mkfs takes: XFS wants 300 MiB, btrfs 109 MiB. The files are sparse.
+SYSTEMS = {
+    "ext4": ("mkfs.ext4", ["-q", "-F"], 64 * MIB),
+    "xfs": ("mkfs.xfs", ["-q", "-f", "-m", "reflink=1"], 300 * MIB),
+    "btrfs": ("mkfs.btrfs", ["-q", "-f"], 128 * MIB),
+    "tmpfs": ("", [], 64 * MIB),
+}
+
+
+def run(*command: str) -> str:
+    """Run a program that has to succeed; return what it printed."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=RUN_DEADLINE_S
+    )
+    return done.stdout.strip()
+
+
+@contextmanager
+def loop_device(folder: Path, size: int, sector_bytes: int = 512) -> Iterator[str]:
+    """Make a block device of `size` bytes; its backing file lies in `folder`."""
+    require_loop_devices()
+    losetup = require_program("losetup")
+    backing = folder / f"backing-{size}-{sector_bytes}"
+    with backing.open("wb") as file:
+        file.truncate(size)
+    device = run(losetup, "--find", "--show", f"--sector-size={sector_bytes}", str(backing))
+    try:
+        yield device
+    finally:
+        run(losetup, "--detach", device)
+        backing.unlink()
+
+
+def unmount(where: Path) -> None:
+    """Unmount; a file that a test left open is that test's failure, but no mount stays."""
+    gc.collect()  # tracebacks of expected refusals hold directories open
+    try:
+        run("umount", str(where))
+    except subprocess.CalledProcessError:
+        run("umount", "--lazy", str(where))
+        raise
+
+
+@contextmanager
+def mounted(kind: str, folder: Path) -> Iterator[Path]:
+    """Make and mount a small file system of its own; return where."""
+    require_loop_devices()
+    program, options, size = SYSTEMS[kind]
+    where = folder / f"mount-{kind}"
+    where.mkdir()
+    if not program:
+        run("mount", "-t", kind, "-o", f"size={size}", "none", str(where))
+        try:
+            yield where
+        finally:
+            unmount(where)
+        return
+    make = require_program(program)
+    with loop_device(folder, size) as device:
+        run(make, *options, device)
+        run("mount", device, str(where))
+        try:
+            yield where
+        finally:
+            run("umount", str(where))
+
+
+def allocated_bytes(path: str | os.PathLike[str]) -> int:
+    """Return what a file takes on its file system."""
+    return os.stat(path).st_blocks * 512
+
+
+def make_file(path: Path, content: bytes, size: int | None = None) -> Path:
+    """Write a file, with a hole behind `content` up to `size`."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.truncate(size if size is not None else len(content))
+    return path
