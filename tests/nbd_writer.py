@@ -33,8 +33,17 @@ class Client:
     def __init__(self, path: str, export: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(ANSWER_S)
-        self._socket.connect(path)
         self._reader = self._socket.makefile("rb")
+        self.size = 0
+        try:
+            self._socket.connect(path)
+            self._greet(export)
+        except BaseException:
+            self.close()
+            raise
+
+    def _greet(self, export: str) -> None:
+        """Do the handshake."""
         magic, option_magic, flags = struct.unpack(">8s8sH", self._take(18))
         assert (magic, option_magic) == (b"NBDMAGIC", b"IHAVEOPT")
         assert flags & 3 == 3, "not fixed newstyle"
@@ -42,7 +51,6 @@ class Client:
         body = struct.pack(">I", len(name)) + name + struct.pack(">H", 0)
         go = struct.pack(">I8sII", 3, b"IHAVEOPT", 7, len(body)) + body
         self._socket.sendall(go)
-        self.size = 0
         while True:
             _, _, kind, length = struct.unpack(">QIII", self._take(20))
             data = self._take(length)

@@ -14,6 +14,7 @@ write is said as `failed N`; the kernel's own complaints appear on the same cons
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -168,14 +169,21 @@ class Guest:
         self._process.stdin.write(b"stop\n")
         self._process.stdin.flush()
         self._process.wait(timeout=BOOT_S)
-        self._reader.join(timeout=10)
+        self._close()
         assert "unmounted" in self.console, "\n".join(self.console[-20:])
 
     def kill(self) -> None:
         """Cut the guest's power. Idempotent."""
         self._process.kill()
         self._process.wait(timeout=10)
+        self._close()
+
+    def _close(self) -> None:
         self._reader.join(timeout=10)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # of a guest that died with input unread
+                    pipe.close()
 
     def complaints(self) -> list[str]:
         """Return what guest or QEMU said about errors: none, if the disk never failed them."""
