@@ -9,6 +9,7 @@ that may be left on disk.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import traceback
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from mirrord.core.migration import Phase
 from mirrord.engine.disk import Disk
 from mirrord.engine.job import Job, Surroundings
 from mirrord.engine.recovery import Places, recover, start
-from mirrord.engine.request import JobRequest, dirty_bytes_for
+from mirrord.engine.request import JobRequest, JobStatus, dirty_bytes_for
 from mirrord.errors import DamagedError, RefusedError
 from tests.sim.checker import Checker
 from tests.sim.disk import SimDirectory, SimFile
@@ -27,7 +28,7 @@ from tests.sim.guest import Guest
 from tests.sim.loop import DeadlockError, HaltedError, LivelockError, SimLoop, elapse
 from tests.sim.place import SimPlace
 from tests.sim.scenario import CALM_S, Scenario, draw
-from tests.sim.shrink import shrunk
+from tests.sim.shrink import shrunk, watched
 from tests.sim.store import SimFiles, SimStore
 from tests.sim.world import REBOOT_S, World
 
@@ -63,9 +64,15 @@ def simulate(
     look: Callable[[Machine], None] | None = None,
 ) -> Report:
     """Run the seed's scenario. A violation is told again with its whole story."""
-    with shrunk():
-        machine = Machine(scenario or draw(seed), keep_story=keep_story)
-        machine.run()
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # thousands of announced warnings would say nothing
+    try:
+        with shrunk():
+            machine = Machine(scenario or draw(seed), keep_story=keep_story)
+            with watched(machine.world):
+                machine.run()
+    finally:
+        logging.disable(before)
     if look is not None:
         look(machine)
     if machine.world.violation is not None and not keep_story and scenario is None:
@@ -114,6 +121,7 @@ class Machine:
         )  # fmt: skip
         self.location = "source"  # what the registry says; durable at once, by an atomic rename
         self.ended: Phase | None = None
+        self.replaced: SimFile | None = None  # somebody else's file under the source's name
         self.kept: str | None = None  # why the source was not deleted
         self.cancelled = False
         self.phases: set[str] = set()
@@ -125,7 +133,7 @@ class Machine:
         return Report(
             self.scenario.seed,
             world.violation,
-            world.story(),
+            world.story(100_000),
             self.ended.value if self.ended else "never ended",
             world.life,
             world.points,
@@ -173,8 +181,33 @@ class Machine:
         self._boots = self.world.boots
         self.world.dead = False  # so that a violation counts
         found = self._authority()
+        if self.scenario.meddling:
+            self._meddle(self.scenario.meddling)
         if found is not None and (wrong := self.checker.check(bytes(found.view), "after a crash")):
             self.world.violate(wrong)
+
+    def _meddle(self, what: str) -> None:
+        """Somebody changes the files while nobody is looking."""
+        part = f".disk.mirrord-{JOB_ID}.part"
+        if what == "map lost":
+            self.files.map_lost = True
+        elif what == "target removed" and part in self.target_names.names and not self.committed():
+            self.target_names.change(part, None, self.target_names.names[part])
+            self.target_names.sync()
+        elif (
+            what == "source replaced"
+            and "disk" in self.source_names.names
+            and self.committed()
+            and not self.scenario.source_device
+        ):
+            file = SimFile(self.world, self.world.tick(), self.scenario.size)
+            self.source_names.names["disk"] = file
+            self.source_names.sync()
+            self.replaced = file
+        else:
+            return
+        self.scenario.meddling = ""
+        self.world.tell("somebody meddles:", what)
 
     def outcome(self, *, durable: bool = False) -> Outcome:
         """Fold the journal, as it is seen or as a power cut would leave it at worst."""
@@ -219,7 +252,8 @@ class Machine:
                 job = await self._begin(disk)
             if job is not None:
                 operator = group.create_task(self._operate(job), name="operator")
-                status = await job.run()
+                self._running = asyncio.create_task(job.run(), name="job")
+                status = await self._ending(self._running)
                 operator.cancel()
                 self._concluded(status.phase)
                 if status.source_kept is not None:
@@ -227,6 +261,14 @@ class Machine:
         await self.reader.read_all(disk)
         await asyncio.gather(*self._adopted)
         await disk.backend.close()
+
+    async def _ending(self, running: asyncio.Task[JobStatus]) -> JobStatus:
+        """Wait for the job; when the process is asked to stop, it dies once the job has let go."""
+        await asyncio.wait({running})
+        if running.cancelled():
+            self.world.crash(power=False)
+            await self.world.never()
+        return running.result()
 
     async def _open(self) -> tuple[Disk, Job | None]:
         if self.world.life == 1:
@@ -289,7 +331,9 @@ class Machine:
     async def _command(self, job: Job, name: str) -> None:
         self.world.tell("operator", name)
         try:
-            if name == "limit":
+            if name == "stop":
+                self._running.cancel()
+            elif name == "limit":
                 await job.limit(self.rng.choice((0, 2000)))
             else:
                 await getattr(job, name)()
@@ -307,6 +351,7 @@ class Machine:
     # What the engine is given
 
     def _places(self) -> Places:
+        """Return both places, as a process makes them."""
         world, scenario = self.world, self.scenario
         return Places(
             SimPlace(
@@ -401,6 +446,9 @@ class Machine:
             and "source-place" not in hit
         ):
             return f"the source was kept: {self.kept}"
+        if self.replaced is not None:
+            stays = self.source_names.names.get("disk") is self.replaced
+            return None if stays else "a file that was not ours is gone"
         kept = not done or scenario.source_device or self.kept is not None
         if source != ({"disk"} if kept else set()) and "source-place" not in hit:
             return f"the source's directory has {source}"

@@ -36,6 +36,12 @@ DECISIONS = (
     ("source-place", "retire"),
     ("source-place", "delete"),
     ("source-place", "dirsync"),
+    ("memory", "clear"),
+    ("memory", "put_back"),
+    ("memory", "copied"),
+    ("memory", "unmark"),
+    ("memory", "reset"),
+    ("memory", "save"),
 )
 FAULTY = {
     "source": ("read", "write", "zeroes", "trim", "flush", "extents"),
@@ -44,7 +50,9 @@ FAULTY = {
     "target-place": ("publish", "dirsync", "withdraw", "discard"),
     "source-place": ("retire", "delete", "dirsync"),
 }
-COMMANDS = ("pause", "resume", "cancel", "cutover", "limit")
+COMMANDS = ("pause", "resume", "cancel", "cutover", "limit", "stop")
+# What an operator does to the files while the process is dead.
+MEDDLING = ("target removed", "source replaced", "map lost")
 
 
 @dataclass(frozen=True)
@@ -81,11 +89,7 @@ class Scenario:
     crashes: list[CrashPlan] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     commands: list[tuple[float, str]] = field(default_factory=list)
-
-    @property
-    def undisturbed(self) -> bool:
-        """Whether nobody but crashes disturbs it: then it has to end well."""
-        return not self.faults and not any(name == "cancel" for _, name in self.commands)
+    meddling: str = ""
 
 
 def draw(seed: int) -> Scenario:
@@ -124,7 +128,29 @@ def draw(seed: int) -> Scenario:
             (rng.choice((0.02, 0.2, 1.0, 4.0)) * chance(), rng.choice(COMMANDS))
             for _ in range(rng.randrange(1, 5))
         )
+    if chance() < 0.1:
+        scenario.meddling = rng.choice(MEDDLING)
+    if chance() < 0.04:
+        _make_the_commit_doubtful(rng, scenario)
     return scenario
+
+
+def _make_the_commit_doubtful(rng: random.Random, scenario: Scenario) -> None:
+    """Rule R15: nobody knows whether COMMIT is durable, and then somebody dies."""
+    until_s = rng.choice((0.0, 3.0, CALM_S))
+    scenario.commands = []
+    scenario.faults = [Fault("store", "sync_write_log", 2, until_s=until_s)]
+    if rng.random() < 0.5:
+        scenario.faults.append(Fault("target", "flush", rng.randrange(2, 12)))
+    if rng.random() < 0.3:
+        scenario.faults.append(Fault("target", "write", rng.randrange(5, 30)))
+    power, stage = rng.random() < 0.6, rng.choice(("before", "after"))
+    nth = rng.randrange(2, 5)
+    if rng.random() < 0.5:
+        plan = CrashPlan(power, nth, "store", rng.choice(("write_log", "sync_write_log")), stage)
+    else:
+        plan = CrashPlan(power, rng.randrange(50, 600))
+    scenario.crashes = [plan, *scenario.crashes]
 
 
 def _content(rng: random.Random, size: int) -> bytes:

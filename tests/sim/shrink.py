@@ -1,22 +1,25 @@
-"""The product's constants, made small: a simulated disk has a few hundred bytes.
+"""What the simulator changes in the product: numbers, and an eye on mapped memory.
 
-Nothing but numbers is changed. What the sizes are for stays true: a chunk has several bits of
-the bitmap, a region several chunks or the other way round, a journal record several sectors.
+The numbers are made small, since a simulated disk has a few hundred bytes. What the sizes are for
+stays true: a chunk has several bits of the bitmap, a region several chunks or the other way
+round, a journal record several words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mirrord.core import bitmap, journal, ranges
+from mirrord.engine import request
+from tests.sim.world import World
 
 NUMBERS = (
     (bitmap, "GRANULARITY_MIN_BYTES", 16),
-    (journal, "CAPACITY_BYTES", 1 << 17),
+    (journal, "CAPACITY_BYTES", 1 << 16),
     (journal, "BLOCK_BYTES", 512),
-    (journal, "PAYLOAD_BYTES_MAX", 16_000),
-    (journal, "RESERVED_BYTES", 4 * 16_384),
+    (journal, "PAYLOAD_BYTES_MAX", 12_000),
+    (journal, "RESERVED_BYTES", 4 * 12_288),
     (ranges, "BUCKET_SHIFT", 5),
     (ranges, "BUCKETS_MAX", 4),
 )
@@ -33,3 +36,33 @@ def shrunk() -> Iterator[None]:
     finally:
         for module, name, value in before:
             setattr(module, name, value)
+
+
+# Every step that changes memory which survives a kill.
+MEMORY = (
+    (bitmap.DirtyBitmap, ("mark", "hold", "unmark", "put_back", "copied", "clear", "mark_all")),
+    (request.Progress, ("save", "reset")),
+)
+
+
+@contextmanager
+def watched(world: World) -> Iterator[None]:
+    """Make each change of mapped memory a crash point, before it and after it."""
+    before = [(owner, name, getattr(owner, name)) for owner, names in MEMORY for name in names]
+
+    def watch(name: str, method: Callable[..., object]) -> Callable[..., object]:
+        def watched_method(*arguments: object, **options: object) -> object:
+            world.point("memory", name, "before")
+            result = method(*arguments, **options)
+            world.point("memory", name, "after")
+            return result
+
+        return watched_method
+
+    for owner, name, method in before:
+        setattr(owner, name, watch(name, method))
+    try:
+        yield
+    finally:
+        for owner, name, method in before:
+            setattr(owner, name, method)

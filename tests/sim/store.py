@@ -123,8 +123,11 @@ class SimStore(JobStore):
         self.same_boot = files.boot == files.world.boots
         if not self.same_boot:  # not believed, and so not to be believed by the next process
             files.dirty[:] = b"\xff" * len(files.dirty)
-            files.boot = files.world.boots
+            files.boot = 0
         self.dirty = memoryview(files.dirty)
+
+    def vouch(self) -> None:
+        self.files.boot = self.files.world.boots
 
     async def create(self, map_bytes: bytes) -> None:
         files = self.files
