@@ -101,15 +101,12 @@ async def cutting_over(job: Job) -> Outcome:
         job.disk, job.tracker, job.ledger, job.target_place, job.request.job_id,
         job.settings,
     )  # fmt: skip
-    committed = False
     try:
         event, reason = await job.cutover_attempt.run(
             {"at_s": job.around.wall()}, lambda: job.interrupt.pending(job.migration)
         )
-        committed = event is Event.COMMITTED
     finally:
-        if not committed:
-            job.cutover_attempt.committing = False
+        if job.cutover_attempt.withdrawable:
             await _withdraw(job)
     if job.cutover_attempt.pause_s is not None:
         job.pause_s = max(job.pause_s or 0.0, job.cutover_attempt.pause_s)

@@ -56,6 +56,11 @@ class Cutover:
         self._job_id = job_id
         self._settings = settings
 
+    @property
+    def withdrawable(self) -> bool:
+        """Whether no commit record can be on storage, so that the target may be renamed back."""
+        return not self.committing
+
     async def run(self, payload: Payload, wants_to_leave: Callable[[], bool]) -> Outcome:
         """Cut over, and say what came of it: committed, gate timed out, or aborted.
 
@@ -127,5 +132,5 @@ class Cutover:
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, self._settings.retry_max_s)
             else:
-                self._tracker.strict = False
+                self._tracker.strict = self.committing = False
                 return Event.ABORTED, reason

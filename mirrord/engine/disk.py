@@ -52,13 +52,16 @@ class Disk:
     """A virtual disk: one authoritative backend behind one door.
 
     Requests are validated by the frontend; they raise `OSError` with the errno for the guest.
+    `size` is the guest's: it stays when the disk moves to a larger device.
     A failed flush is remembered: until the disk is opened anew every later flush and FUA write
     fails with EIO, because a retried flush proves nothing (rule R9).
     """
 
-    def __init__(self, name: str, backend: Backend, *, read_only: bool = False) -> None:
+    def __init__(
+        self, name: str, backend: Backend, *, read_only: bool = False, size: int | None = None
+    ) -> None:
         self.name = name
-        self.size = backend.size
+        self.size = backend.size if size is None else size
         self.read_only = read_only
         self.backend = backend
         self.flush_failed = False

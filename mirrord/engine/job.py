@@ -49,7 +49,7 @@ from mirrord.engine.settings import EngineSettings
 from mirrord.engine.store import JobStore
 from mirrord.engine.tracking import WriteTracker
 from mirrord.engine.verify import Verifier
-from mirrord.errors import RefusedError, SideError, SourceError, TargetError
+from mirrord.errors import DamagedError, RefusedError, SideError, SourceError, TargetError
 from mirrord.storage.backend import Backend, Identity, Place
 
 _log = logging.getLogger("mirrord.engine")
@@ -243,7 +243,7 @@ class Job:
         settings = self.settings
         digests = Digests(self.bitmap.size, settings.chunk_bytes)
         self.tracker = WriteTracker(
-            self.disk.backend, target, self.bitmap, self._intents, digests, settings, self._tasks,
+            self.disk.backend, target, self.bitmap, self._intents, digests, settings,
             report=self._trouble, give_up=self._give_up, charge=self._charge,
         )  # fmt: skip
         self.copier = Copier(
@@ -259,6 +259,8 @@ class Job:
         first = self._first_event()
         self._enter(*first)
         if self.tracker is not None:
+            await self.disk.settle()
+            await self._flush_source()
             loops = [*self.housekeeping.loops(), self._sampling()]
             self._helpers = [self._tasks.create_task(loop) for loop in loops]
         if self.ledger.outcome.settings.get("paused") and self.tracker is not None:
@@ -272,6 +274,16 @@ class Job:
                 self._ended = await self._conclude(event, reason, after)
             self._enter(event, reason)
         await self._store.close()
+
+    async def _flush_source(self) -> None:
+        """Make durable what was written before; `WriteTracker.checkpoint` says why.
+
+        A failure is the door's to remember, and the tracker's to report: the job fails by it.
+        """
+        try:
+            await self.disk.flush()
+        except OSError as error:
+            self._trouble(SourceError(error, "flush of the source failed"))
 
     def _first_event(self) -> Outcome:
         outcome = self.ledger.outcome
@@ -292,13 +304,16 @@ class Job:
         if self.tracker is not None:
             self.housekeeping.checkpoints = phase is not Phase.CUTTING_OVER
         if phase not in REVERSIBLE:
-            for helper in self._helpers:
-                helper.cancel()
+            self._stop_helpers()
         self.around.changed(self)
+
+    def _stop_helpers(self) -> None:
+        for helper in self._helpers:
+            helper.cancel()
 
     async def _perform(self, phase: Phase) -> Outcome:
         """Run the phase's activity until it ends or is interrupted."""
-        activity = self._tasks.create_task(self._guarded(ACTIVITIES[phase](self)))
+        activity = self._tasks.create_task(self._guarded(phase))
         try:
             while not activity.done():
                 if self.interrupt.pending(self.migration) and not self._committing:
@@ -322,10 +337,10 @@ class Job:
             return activity.result()  # it ended in the same moment: that comes first
         return self.interrupt.take()
 
-    async def _guarded(self, activity: Coroutine[Any, Any, Outcome]) -> Outcome:
-        """Turn trouble with a side into the event that it means."""
+    async def _guarded(self, phase: Phase) -> Outcome:
+        """Run the phase's activity; turn trouble with a side into the event that it means."""
         try:
-            return await activity
+            return await ACTIVITIES[phase](self)
         except (SourceError, TargetError) as error:
             return meaning(error)
 
@@ -341,7 +356,7 @@ class Job:
     def sample(self) -> None:
         assert self.tracker is not None
         copied = self.copier.copied_bytes
-        self.progress.bytes_copied = self._copied_before + copied + self.tracker.mirrored_bytes
+        self.progress.bytes_copied = self._copied_before + copied
         self.progress.save()
         now_s = asyncio.get_running_loop().time()
         self.rates.sample(copied, self.bitmap.dirtied_bytes, now_s)
@@ -378,6 +393,7 @@ class Job:
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, self.settings.retry_max_s)
         assert self.tracker is not None
+        self._stop_helpers()
         self.sample()
         self.disk.follow(None)
         self.tracker.stop_mirroring()
@@ -417,6 +433,8 @@ class Job:
         merged = {**self.ledger.outcome.settings, **settings}
         try:
             await self.ledger.append(Kind.SET, merged)
+        except DamagedError as error:  # the job's end is in the journal, but not yet in the phase
+            raise self._refusal("steer", "it is just ending") from error
         except OSError as error:
             raise RefusedError("state-error", f"the journal can't be written: {error}") from error
         self.request = self.request.changed(merged)

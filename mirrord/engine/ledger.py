@@ -11,14 +11,16 @@ from mirrord.engine.store import JobStore
 class Ledger:
     """Appends decisions to a job's journal, one at a time.
 
-    After a failed append the log is as before it: the next append goes to the same place under
-    the same number and replaces whatever the storage may have of the failed one (rule R15).
+    After a failed append the log is as before it, but the storage may have the record, or a part
+    of it (rule R15). The next append durably zeroes its place first: a record written over
+    another could be torn into a mixture, which would be damage.
     """
 
     def __init__(self, store: JobStore, log: Log | None = None) -> None:
         self.log = log or Log()
         self._store = store
         self._writing = asyncio.Lock()
+        self._unknown_bytes = 0  # what a failed append may have left behind the log
 
     @property
     def outcome(self) -> Outcome:
@@ -33,7 +35,7 @@ class Ledger:
         """
         async with self._writing:
             data, after = append(self.log, kind, payload)
-            write = asyncio.ensure_future(self._store.write_log(self.log.end, data))
+            write = asyncio.ensure_future(self._write(data))
             cancelled: asyncio.CancelledError | None = None
             while not write.done():
                 try:
@@ -48,3 +50,10 @@ class Ledger:
             self.log = after
             if cancelled is not None:
                 raise cancelled
+
+    async def _write(self, data: bytes) -> None:
+        if self._unknown_bytes:
+            await self._store.write_log(self.log.end, bytes(self._unknown_bytes))
+        self._unknown_bytes = max(self._unknown_bytes, len(data))
+        await self._store.write_log(self.log.end, data)
+        self._unknown_bytes = 0

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mirrord.core.bitmap import DirtyBitmap, IntentMap
-from mirrord.core.journal import Authority, Kind, Payload, State, parse
+from mirrord.core.journal import Authority, Kind, Payload, State, parse, repair
 from mirrord.engine.disk import Disk
 from mirrord.engine.intents import Intents
 from mirrord.engine.job import Job, Surroundings
@@ -65,7 +65,8 @@ async def start(
 ) -> Job:
     """Create the target and make PREP durable; the job that is returned is ready to `run`.
 
-    Whatever fails leaves nothing behind but, after a crash, a target that `recover` deletes.
+    Whatever fails leaves no target behind (after a crash, `recover` deletes it). The caller
+    removes the job's files: a record may be in them whose durability is not known.
     """
     await check(disk, places.target, request)
     target = await places.target.create(request.job_id, disk.backend, cache=places.cache)
@@ -76,10 +77,11 @@ async def start(
         await store.create(content)
         intent_map.made_durable([(0, content)])
         ledger = Ledger(store)
-        await ledger.append(Kind.PREP, _prep(disk.backend, target))
         bitmap, progress = _bitmap(disk.size, store)
         bitmap.clear()
         progress.reset()
+        store.vouch()
+        await ledger.append(Kind.PREP, _prep(disk.backend, target))
     except BaseException:
         await target.close()
         await places.target.discard(request.job_id)
@@ -107,7 +109,11 @@ async def recover(
     Raises DamagedError for a journal that can't be believed and RefusedError (`target-lost`)
     when the disk was committed to a target that isn't there: then nothing may be served.
     """
-    ledger = Ledger(store, parse(await store.read_log()))
+    log = parse(await store.read_log())
+    if log.torn:
+        zeroes, log = repair(log)
+        await store.write_log(log.end, zeroes)
+    ledger = Ledger(store, log)
     outcome = ledger.outcome
     if outcome.authority is Authority.TARGET:
         return await _recover_committed(name, places, store, request, around, ledger)
@@ -149,11 +155,12 @@ async def _recover_committed(
             f"then attach {name} again",
         )
     await places.target.publish(request.job_id)
-    disk = Disk(name, target)
+    disk = Disk(name, target, size=prep["source"]["size"])
     if ledger.outcome.finished:
         return Recovered(disk, places.target.location, None)
     bitmap, progress = _bitmap(disk.size, store)
     bitmap.clear()
+    progress.reset()
     job = Job(
         request,
         disk,
@@ -234,20 +241,23 @@ async def _find_target(
         # C1: nothing of the old target is left, so nothing of the maps is true.
         intent_map = IntentMap(disk.size, region_bytes)
         await _write_whole(intent_map, store)
+        bitmap.clear()
+        progress.reset()
+        store.vouch()
+        await places.target.discard(request.job_id)  # of an earlier attempt at this
         target = await places.target.create(request.job_id, disk.backend, cache=places.cache)
         try:
             await ledger.append(Kind.PREP, _prep(disk.backend, target))
         except BaseException:
             await target.close()
             raise
-        bitmap.clear()
-        progress.reset()
         return target, intent_map, bitmap, progress
     await places.target.withdraw(request.job_id)
     if stored is None:
         await _write_whole(intent_map, store)
     if not store.same_boot or stored is None:
         _believe_intents(intent_map, bitmap, progress)
+        store.vouch()
     return target, intent_map, bitmap, progress
 
 
@@ -259,10 +269,14 @@ async def _write_whole(intent_map: IntentMap, store: JobStore) -> None:
 
 def _believe_intents(intent_map: IntentMap, bitmap: DirtyBitmap, progress: Progress) -> None:
     """Mark what a power cut may have left different; holes among it are found when copying."""
-    bitmap.clear()
-    for offset, length in intent_map.ranges():
-        bitmap.put_back(offset, length)
     progress.reset()
+    end = 0
+    for offset, length in intent_map.ranges():
+        # Mark first, then clear what lies between: a kill finds too much, never too little.
+        bitmap.put_back(offset, length)
+        bitmap.unmark(end, offset - end)
+        end = offset + length
+    bitmap.unmark(end, bitmap.size - end)
     progress.scanned = True
     progress.bytes_total = bitmap.remaining()
     progress.save()

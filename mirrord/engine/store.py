@@ -13,12 +13,19 @@ class JobStore(ABC):
     """One job's durable state. One process has it open (a lock sees to that).
 
     `dirty` is writable memory, mapped over a file: it survives a kill of this process on the
-    same boot, and must not be believed after a power cut. `same_boot` says which it was.
+    same boot, and must not be believed after a power cut. `same_boot` says which it was: True
+    only if somebody vouched for the memory on this very boot.
     """
 
     job_id: str
     dirty: memoryview
     same_boot: bool
+
+    @abstractmethod
+    def vouch(self) -> None:
+        """Say that `dirty` is right now, so that after a kill it may be believed.
+
+        Until then a kill leaves memory that nobody believes, however far its rebuilding was."""
 
     @abstractmethod
     async def read_log(self) -> bytes:

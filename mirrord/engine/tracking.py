@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from errno import EIO, ETIMEDOUT
+from typing import Any
 
 from mirrord.core.bitmap import DirtyBitmap
 from mirrord.core.geometry import Extent, Status, round_down, round_up
@@ -60,15 +61,37 @@ class Locks:
         """Return a granted ticket for [start, stop), in the order of the calls."""
         ticket = self._ranges.acquire(start, stop)
         if not ticket.granted:
-            waiting = asyncio.get_running_loop().create_future()
-            self._waiting[ticket] = waiting
-            try:
-                await waiting
-            except asyncio.CancelledError:
-                self._waiting.pop(ticket, None)
-                self._wake(self._ranges.cancel(ticket))
-                raise
+            await self._wait(ticket)
         return ticket
+
+    async def acquire_within(self, start: int, stop: int, limit_s: float) -> Ticket | None:
+        """Do the same, but give up after `limit_s`: None."""
+        ticket = self._ranges.acquire(start, stop)
+        if not ticket.granted:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(limit_s, self._give_up, ticket)
+            try:
+                await self._wait(ticket)
+            except TimeoutError:
+                return None
+            finally:
+                timer.cancel()
+        return ticket
+
+    async def _wait(self, ticket: Ticket) -> None:
+        waiting = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = waiting
+        try:
+            await waiting
+        except BaseException:
+            self._waiting.pop(ticket, None)
+            self._wake(self._ranges.cancel(ticket))
+            raise
+
+    def _give_up(self, ticket: Ticket) -> None:
+        waiting = self._waiting.get(ticket)
+        if waiting is not None and not waiting.done():
+            waiting.set_exception(TimeoutError())
 
     def release(self, ticket: Ticket) -> None:
         """Give the range to whoever waits for it."""
@@ -97,7 +120,6 @@ class WriteTracker:
         intents: Intents,
         digests: Digests,
         settings: EngineSettings,
-        tasks: asyncio.TaskGroup,
         *,
         report: Callable[[SideError], None],
         give_up: Callable[[OSError], Awaitable[None]],
@@ -109,42 +131,53 @@ class WriteTracker:
         self.intents = intents
         self.digests = digests
         self.locks = Locks()
+        self._strict_flush_failed = False
         self.strict = False  # the commit's outcome is unknown: both sides or neither (R15)
         self.abandoned = False  # the job gave up: writes go to the source alone
         self.mirrored_bytes = 0
         self.generation = 0  # grows when the target may have forgotten what it had confirmed
         self._settings = settings
-        self._tasks = tasks
         self._report = report
         self._give_up = give_up
         self._charge = charge
         self._mirror: Mirror | None = None
         self._flushing = asyncio.Lock()
+        # A leg belongs to the guest's write, not to the job: whatever ends the job, it goes on.
+        self._legs: set[asyncio.Task[OSError | None]] = set()
         self._in_flight: dict[int, tuple[int, int]] = {}
         self._next_token = 0
         self._unflushed: set[int] = set()  # regions written at the target since its last good flush
+        self._source_unflushed: set[int] = set()  # the same of the source, by the guest's flushes
         self._hot: deque[set[int]] = deque([set()], maxlen=settings.hot_checkpoints + 1)
 
     # The guest's side
 
     async def mutate(self, mutation: Mutation) -> None:
         """Carry a mutation out, on both sides while mirroring."""
-        self._hot[0].update(self.regions(mutation.offset, mutation.length))
+        regions = self.regions(mutation.offset, mutation.length)
+        self._hot[0].update(regions)
         mirror = self._mirror
-        if mirror is None:
-            await self._follow(mutation)
-        else:
-            await self._mirrored(mutation, mirror)
+        try:
+            if self.strict:
+                await self._strictly(mutation)
+            elif mirror is None:
+                await self._follow(mutation)
+            else:
+                await self._mirrored(mutation, mirror)
+        finally:
+            self._source_unflushed.update(regions)
 
     async def flush(self) -> None:
         """Make the source durable (R10); both sides while the commit's outcome is unknown."""
+        covered, self._source_unflushed = self._source_unflushed, set()
         try:
             await self.source.flush()
         except OSError as error:
+            self._source_unflushed |= covered
             self._report(SourceError(error, "flush of the source failed"))
             raise
         if self.strict:
-            await self.target.flush()
+            await self._flush_strictly()
 
     def dirty_extents(self, offset: int, length: int) -> list[Extent]:
         """Return where the sides may differ, by the bitmap."""
@@ -210,13 +243,16 @@ class WriteTracker:
         """Flush the target, then clear the marks of regions that were equal before the flush.
 
         A region is cleared only if no block of it is marked, nothing was written to it at the
-        target since the flush began, and no guest wrote to it lately (R2). Raises TargetError
-        as `flush_target` does, and `OSError` when the map can't be written.
+        target since the flush began, no guest wrote to it lately (R2), and the source has made
+        durable what the guest wrote to it: else a power cut could take from the source what the
+        target keeps, and after the cutover the guest would meet a write that it saw vanish. The
+        job flushes the source once at its start, after that the guest's own flushes decide.
+        Raises TargetError as `flush_target` does, and `OSError` when the map can't be written.
         """
         equal = self._clearable()
         await self.flush_target()
         # no await below until the regions are cleared in memory
-        hot = set[int]().union(*self._hot)
+        hot = self._source_unflushed.union(*self._hot)
         self._hot.appendleft(set())
         still = (r for r in equal if r not in self._unflushed and r not in hot)
         await self.intents.clear([r for r in still if not self._dirty(r)])
@@ -267,7 +303,12 @@ class WriteTracker:
         unit = self.bitmap.granularity
         start = round_down(mutation.offset, unit)
         length = round_up(mutation.offset + mutation.length, unit) - start
-        ticket = await self.locks.acquire(start, start + length)
+        limit_s = self._settings.target_budget_s
+        ticket = await self.locks.acquire_within(start, start + length, limit_s)
+        if ticket is None:  # somebody's request to the target hangs in this range
+            self._fall_back(_late(limit_s), mutation.offset)
+            await self._follow(mutation)
+            return
         leg: asyncio.Task[OSError | None] | None = None
         try:
             # The world may have changed while we waited. A digest is forgotten under the lock,
@@ -285,7 +326,7 @@ class WriteTracker:
                 if self._mirror is not mirror:
                     await self._follow(mutation)
                     return
-                leg = self._tasks.create_task(self._leg(mutation))
+                leg = self._spawn(self._leg(mutation))
                 equal = await self._both(mutation, leg)
             except BaseException:
                 self.bitmap.mark(start, length)
@@ -310,15 +351,48 @@ class WriteTracker:
         error = await self._outcome(leg)
         if error is None:
             return True
-        if self.strict:
-            raise OSError(EIO, "the target failed while the commit's outcome is unknown") from error
-        self.stop_mirroring()
-        self._report(TargetError(error, "mirrored write failed", mutation.offset))
+        self._fall_back(error, mutation.offset)
         return False
 
-    async def _leg(self, mutation: Mutation) -> OSError | None:
+    def _fall_back(self, error: OSError, offset: int) -> None:
+        self.stop_mirroring()
+        self._report(TargetError(error, "mirrored write failed", offset))
+
+    async def _strictly(self, mutation: Mutation) -> None:
+        """Have the mutation on both sides, durable where the guest asked for it, or fail it."""
+        unit = self.bitmap.granularity
+        start = round_down(mutation.offset, unit)
+        length = round_up(mutation.offset + mutation.length, unit) - start
+        ticket = await self.locks.acquire(start, start + length)
+        self.bitmap.mark(start, length)
+        leg = self._spawn(self._leg(mutation, strict=True))
+        leg.add_done_callback(lambda _: self.locks.release(ticket))
+        await mutation.apply(self.source)
+        error = await self._outcome(leg)
+        if error is not None:
+            raise OSError(EIO, "the target failed while the commit's outcome is unknown") from error
+
+    async def _flush_strictly(self) -> None:
+        if self._strict_flush_failed:
+            raise OSError(EIO, "an earlier flush of the target failed")
         try:
-            await mutation.mirror(self.target)
+            await self.target.flush()
+        except OSError:
+            self._strict_flush_failed = True
+            raise
+
+    def _spawn(self, work: Coroutine[Any, Any, OSError | None]) -> asyncio.Task[OSError | None]:
+        leg = asyncio.get_running_loop().create_task(work)
+        self._legs.add(leg)
+        leg.add_done_callback(self._legs.discard)
+        return leg
+
+    async def _leg(self, mutation: Mutation, *, strict: bool = False) -> OSError | None:
+        try:
+            if strict:
+                await mutation.apply(self.target)
+            else:
+                await mutation.mirror(self.target)
         except OSError as error:
             return error
         self.target_wrote(mutation.offset, mutation.length)
@@ -330,8 +404,11 @@ class WriteTracker:
         if not leg.done():
             await asyncio.wait((leg,), timeout=self._settings.target_budget_s)
         if not leg.done():
-            budget_s = self._settings.target_budget_s
-            return OSError(ETIMEDOUT, f"the target did not answer within {budget_s:g} s")
+            return _late(self._settings.target_budget_s)
         if leg.cancelled():
             return OSError(EIO, "the job ended")
         return leg.result()
+
+
+def _late(limit_s: float) -> OSError:
+    return OSError(ETIMEDOUT, f"the target did not answer within {limit_s:g} s")

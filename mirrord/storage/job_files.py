@@ -33,7 +33,7 @@ import msgspec
 from xxhash import xxh3_64_digest
 
 from mirrord.core.bitmap import REGION_BYTES, bitmap_bytes_for, map_bytes_for
-from mirrord.core.geometry import KIB
+from mirrord.core.geometry import KIB, MIB
 from mirrord.core.journal import CAPACITY_BYTES
 from mirrord.engine.store import JobStore
 from mirrord.errors import DamagedError, RefusedError
@@ -42,6 +42,8 @@ from mirrord.storage import durable
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 BOOT_ID_VARIABLE = "MIRRORD_BOOT_ID"  # for units that can't see the file (ProcSubset=pid)
 HEADER_BYTES = 4 * KIB  # one page, so that the bitmap begins at a page too
+# Filling holds the interpreter's lock, so it is done in pieces of less than a millisecond.
+FILL_BYTES = MIB
 _MAGIC = b"mirrord dirty 1\n"
 
 T = TypeVar("T")
@@ -269,5 +271,9 @@ def _map_dirty(directory: int, header: bytes, dirty_bytes: int) -> tuple[mmap.mm
     finally:
         os.close(descriptor)
     mapped[:HEADER_BYTES] = bytes(HEADER_BYTES)
-    mapped[HEADER_BYTES:] = b"\xff" * dirty_bytes
+    ones = b"\xff" * min(dirty_bytes, FILL_BYTES)
+    for offset in range(0, dirty_bytes, FILL_BYTES):
+        part = ones[: dirty_bytes - offset]
+        mapped[HEADER_BYTES + offset : HEADER_BYTES + offset + len(part)] = part
+    mapped[:HEADER_BYTES] = header
     return mapped, False

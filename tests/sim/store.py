@@ -8,7 +8,7 @@ what outlives the process, `SimStore` is how one process has it open.
   cache (seen by the next process of this boot), or nowhere.
 * intent map: the same, byte by byte (a byte stands for a page).
 * dirty map: shared memory. A kill leaves it as it was at that instant; a power cut leaves an
-  old state, zeroes or garbage.
+  old state, zeroes or garbage. It is of this boot only once somebody has vouched for it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mirrord.core.journal import Kind
 from mirrord.engine.store import JobStore
 from tests.sim.world import World
 
+NO_BOOT = 0
 KIND_AT = 8  # where a journal record has its kind
 
 
@@ -86,7 +87,7 @@ class SimFiles:
         self.log: Sheet | None = None
         self.map: Sheet | None = None
         self.dirty = bytearray(dirty_bytes)
-        self.boot = 0  # none: the memory was never opened
+        self.boot = NO_BOOT  # on which the memory was last vouched for
         self._old_dirty = bytes(dirty_bytes)
         self.kinds: set[Kind] = set()  # of the records that anybody tried to write
         self.map_lost = False  # row C23: the map can't be read any more
@@ -128,6 +129,10 @@ class SimStore(JobStore):
 
     def vouch(self) -> None:
         self.files.boot = self.files.world.boots
+
+    def vouch(self) -> None:
+        if not self.world.dead:
+            self.files.boot = self.world.boots
 
     async def create(self, map_bytes: bytes) -> None:
         files = self.files
