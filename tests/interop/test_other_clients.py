@@ -11,7 +11,8 @@ def test_fio_finds_all_that_it_wrote(served: Served) -> None:
     printed = served.run(
         "fio", "--name=verify", "--ioengine=nbd", f"--uri={served.uri}", "--rw=randrw",
         "--bsrange=512-64k", f"--offset={32 * MIB}", f"--size={12 * MIB}", "--iodepth=16",
-        "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--randseed=5", "--output-format=json",
+        "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--randseed=5",
+        "--output-format=json",
     )  # fmt: skip
     job = json.loads(printed[printed.index("{") :])["jobs"][0]
     assert job["error"] == 0
