@@ -54,7 +54,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def _function(name: str, *argument_types: type) -> ctypes._NamedFuncPointer:
     function = _libc[name]  # a fresh object each time, so each may have its own types
-    function.restype = ctypes.c_long
+    function.restype = ctypes.c_long if name == "syscall" else ctypes.c_int
     function.argtypes = list(argument_types)
     return function
 
@@ -207,7 +207,8 @@ def set_direct(descriptor: int) -> None:
 def birth_ns(descriptor: int) -> int:
     """Return when the file was made, in nanoseconds, or 0 where its file system doesn't say.
 
-    Inode numbers are used again at once; together with this they tell a file from its successor.
+    Inode numbers are used again at once; together with this they tell a file from its successor,
+    unless that was made within the same tick of the kernel's clock (1 to 10 ms).
     """
     number = SYS_STATX.get(platform.machine())
     if number is None:

@@ -95,3 +95,15 @@ def make_file(path: Path, content: bytes, size: int | None = None) -> Path:
         file.write(content)
         file.truncate(size if size is not None else len(content))
     return path
+
+
+def fill(device: str, content: bytes) -> None:
+    """Write to a block device, durably."""
+    with Path(device).open("r+b") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+
+
+def content_of(path: str | Path) -> bytes:
+    """Read a file or a block device."""
+    return Path(path).read_bytes()
