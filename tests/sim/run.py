@@ -286,7 +286,9 @@ class Machine:
             self.world.crash(power=False)
             await self.world.never()
         if recovered.job is None and self.outcome().state is not State.EMPTY:
-            self._concluded(Phase((self.outcome().done or {}).get("phase", "done")))
+            done = self.outcome().done or {}
+            self.kept = done.get("source_kept", self.kept)
+            self._concluded(Phase(done.get("phase", "done")))
         self.world.tell("serves", recovered.location)
         return recovered.disk, recovered.job
 
@@ -444,6 +446,7 @@ class Machine:
             and self.kept is not None
             and not scenario.keep_source
             and "source-place" not in hit
+            and self.replaced is None
         ):
             return f"the source was kept: {self.kept}"
         if self.replaced is not None:

@@ -128,9 +128,6 @@ class SimStore(JobStore):
         self.dirty = memoryview(files.dirty)
 
     def vouch(self) -> None:
-        self.files.boot = self.files.world.boots
-
-    def vouch(self) -> None:
         if not self.world.dead:
             self.files.boot = self.world.boots
 
