@@ -165,7 +165,7 @@ class Reply(msgspec.Struct, frozen=True):
     """The answer to the call of the same id; without an id it is news (a job that changed)."""
 
     id: int | None = None
-    ok: msgspec.Raw = msgspec.Raw()  # empty: there is an error
+    ok: msgspec.Raw = msgspec.Raw(b"null")
     error: Problem | None = None
 
 

@@ -149,6 +149,16 @@ def _settle(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+def _let_go(error: BaseException | None) -> None:
+    """Drop what an error's tracebacks hold at once, not at the next garbage collection.
+
+    Their frames hold the directory of a refused target, which keeps it from being unmounted.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 class ChannelServer:
     """The disk process's end: answers calls by `verbs`, and tells every connection the news."""
 
@@ -212,6 +222,7 @@ class ChannelServer:
             reply = Reply(call.id, ok=msgspec.Raw(msgspec.json.encode(answer)))
         except MirrordError as error:
             reply = Reply(call.id, error=Problem(error.code, str(error)))
+            _let_go(error)
         except OSError as error:
             reply = Reply(call.id, error=Problem("io-error", str(error)))
         except Exception as error:

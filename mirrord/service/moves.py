@@ -24,7 +24,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from mirrord.control.messages import DiskStatus, Job, LimitRequest, MoveRequest, PhaseName
-from mirrord.errors import DamagedError, RefusedError
+from mirrord.errors import DamagedError, MirrordError, RefusedError
 from mirrord.service import history, scheduler, state
 from mirrord.service.config import Config
 from mirrord.service.logs import fields
@@ -147,6 +147,7 @@ class Moves:
         return [move for move in self._moves.values() if move.standing != "ended"]
 
     def unfinished(self, disk: str) -> Move | None:
+        """Return the move of a disk that is queued or runs."""
         return next((m for m in self.unfinished_moves() if m.record.disk == disk), None)
 
     def _running(self) -> list[Move]:
@@ -241,11 +242,18 @@ class Moves:
             await self._reread(move)
         finally:
             move.starting = False
+            self.kick()
 
     async def _reread(self, move: Move) -> None:
-        """Let the journal say whether a start was the last thing that a process did."""
+        """Let the journal say how a job stands whose process has died."""
         entry = await asyncio.to_thread(history.read_job, self._directories, move.record.id)
-        move.standing, move.job = entry.standing, entry.job
+        if entry.standing == "unfinished":
+            move.standing = "unfinished"  # its process will tell more than the journal does
+        elif move.standing != "ended":
+            move.standing, move.job = entry.standing, entry.job
+            if move.standing == "ended":
+                self._record_end(move)
+                self.kick()
 
     def _startable(self) -> list[str]:
         queued = sorted(
@@ -273,8 +281,8 @@ class Moves:
     async def _start_queued(self, move: Move) -> None:
         try:
             await self._start(move)
-        except RefusedError as error:
-            if error.code in ("disk-not-serving", "disk-stuck"):
+        except (MirrordError, OSError) as error:
+            if getattr(error, "code", None) in ("disk-not-serving", "disk-stuck"):
                 log.warning("move waits %s", fields(job=move.record.id, reason=error))
                 return
             self.conclude(move, "failed", str(error))
@@ -283,7 +291,20 @@ class Moves:
         """A process has come up: it knows what has become of its disk's job."""
         if status.job is not None:
             self.job_changed(status.job)
+        known = None if status.job is None else status.job.id
+        for move in self.unfinished_moves():
+            forgotten = move.record.disk == status.name and move.record.id != known
+            if forgotten and move.standing == "unfinished":
+                self._group.create_task(self._look_up(move), name=f"look up {move.record.id}")
         self.kick()
+
+    async def _look_up(self, move: Move) -> None:
+        """A process doesn't know a job of its disk: it ended while this daemon was away."""
+        try:
+            await self._reread(move)
+        except MirrordError as error:
+            self._damaged[move.record.id] = DamagedError(str(error))
+            log.error("job damaged %s", fields(job=move.record.id, reason=error))
 
     def job_changed(self, job: Job) -> None:
         """Take over what a disk process says about its job."""

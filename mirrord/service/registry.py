@@ -42,6 +42,8 @@ ATTACH_DEADLINE_S = 60.0
 DETACH_DEADLINE_S = 60.0
 # How long a starting daemon waits for its disks before it says that it is ready.
 LOAD_DEADLINE_S = 10.0
+# What a process that keeps dying or hangs makes a call end with.
+NOT_ANSWERING = ("disk-not-serving", "disk-stuck", "disk-restarted")
 
 
 class _Attached:
@@ -173,12 +175,7 @@ class Registry:
             attached = self._keep(name, record)
             await self._attach_settled(attached)
         except BaseException:
-            if attached.task is not None:
-                attached.task.cancel()
-            self._disks.pop(name, None)
-            directory = self._directories.disk(name)
-            if directory.exists():
-                await asyncio.shield(asyncio.to_thread(state.forget_disk, self._directories, name))
+            await asyncio.shield(self._undo_attach(attached, name))
             raise
         log.info("attached %s", fields(disk=name, location=location))
         return await self._describe(name)
@@ -213,6 +210,15 @@ class Registry:
         state.make_directory(directory)
         state.write_record(directory / "attach.json", record)
 
+    async def _undo_attach(self, attached: _Attached, name: str) -> None:
+        """Leave no trace of an attach that failed; its process has ended before its files go."""
+        if attached.process is not None and attached.task is not None:
+            attached.process.end_now()
+            await asyncio.wait([attached.task], timeout=DETACH_DEADLINE_S)
+        if self._directories.disk(name).exists():
+            await asyncio.to_thread(state.forget_disk, self._directories, name)
+        self._disks.pop(name, None)
+
     async def _attach_settled(self, attached: _Attached) -> None:
         process = attached.process
         assert process is not None
@@ -220,7 +226,6 @@ class Registry:
             async with asyncio.timeout(ATTACH_DEADLINE_S):
                 await process.settled.wait()
         except TimeoutError as error:
-            process.kill()
             raise RefusedError(
                 "location-hangs",
                 f"{attached.record and attached.record.location} can't be opened within "
@@ -248,7 +253,12 @@ class Registry:
             )
         shown = await self._describe(name)
         if process is not None and alive:
-            await process.call("detach", type(None), force=force)
+            try:
+                await process.call("detach", type(None), force=force)
+            except RefusedError as error:
+                if not force or error.code not in NOT_ANSWERING:
+                    raise
+                process.end_now()
             await self._ended(attached, name)
         if move is not None:
             self._moves.conclude(move, "failed", "its disk was detached by force")

@@ -137,8 +137,19 @@ def prepare(directories: Directories) -> None:
         if not os.access(path, os.W_OK | os.X_OK):
             kind = "state" if directories.state in (path, *path.parents) else "runtime"
             raise _unwritable(kind, path, PermissionError("permission denied"))
+    for path in (directories.state, directories.runtime):
+        _refuse_strangers(path)
     check_socket_path(directories.channel("x"))
     _check_version(directories.state / "version")
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Refuse a directory of another user's: whoever owns it could put anything in it."""
+    owner = path.stat().st_uid
+    if owner not in (0, os.geteuid()):
+        raise RefusedError(
+            "directory-not-ours", f"{path} belongs to user {owner}; give a directory of your own"
+        )
 
 
 def _unwritable(kind: str, path: Path, error: OSError) -> RefusedError:

@@ -84,6 +84,7 @@ class DiskProcess:
         self._listener: socket.socket | None = None
         self._channel: Channel | None = None
         self._answering = asyncio.Event()
+        self._ending = False
 
     # For the registry.
 
@@ -133,8 +134,9 @@ class DiskProcess:
                 self.status = await channel.call("status", DiskStatus, deadline_s=STATUS_DEADLINE_S)
         return self.status
 
-    def kill(self) -> None:
-        """End the process at once; `keep` does what follows."""
+    def end_now(self) -> None:
+        """Kill the process and start no other: `keep` returns."""
+        self._ending = True
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -148,13 +150,18 @@ class DiskProcess:
         try:
             while True:
                 began = loop.time()
-                refusal = await self._one_life()
+                try:
+                    refusal = await self._one_life()
+                except (OSError, MirrordError) as error:  # no descriptors, no state directory …
+                    log.error("disk process not started %s", fields(disk=self.name, error=error))
+                    refusal, self.reason = None, f"its process can't be started: {error}"
                 if refusal is not None:
                     return self._refuse(refusal)
-                if not (self._directories.disk(self.name) / "disk.json").exists():
+                attached = (self._directories.disk(self.name) / "disk.json").exists()
+                if self._ending or not attached:
                     return self._end("detached", None)
                 deaths = 0 if loop.time() - began > STEADY_S else deaths + 1
-                delay_s = RESTART_DELAYS_S[min(deaths, len(RESTART_DELAYS_S) - 1)]
+                delay_s = RESTART_DELAYS_S[min(max(deaths - 1, 0), len(RESTART_DELAYS_S) - 1)]
                 log.warning("restarting disk process %s", fields(disk=self.name, delay_s=delay_s))
                 await asyncio.sleep(delay_s)
         finally:
@@ -172,10 +179,6 @@ class DiskProcess:
             return None
         try:
             process, report = self._start(lock)
-        except OSError as error:
-            log.error("start failed %s", fields(disk=self.name, error=error))
-            self.reason = f"its process can't be started: {error}"
-            return None
         finally:
             os.close(lock)
         pidfd = os.pidfd_open(process.pid)
