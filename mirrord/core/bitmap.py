@@ -118,8 +118,12 @@ class DirtyBitmap:
         Answer with `unmark` when both sides have it, with `mark` when they may differ.
         """
         first, stop = self._touched(offset, length)
-        self._mapped_count += stop - first - self._mapped.count(1, first, stop)
-        self._mapped[first:stop] = 1
+        if stop - first > 1:
+            self._mapped_count += stop - first - self._mapped.count(1, first, stop)
+            self._mapped[first:stop] = 1
+        elif not self._mapped[first]:
+            self._mapped[first] = 1
+            self._mapped_count += 1
 
     def unmark(self, offset: int, length: int, *, was_clean: bool = False) -> None:
         """Say that a mirrored write has ended well on both sides, so that they are equal here.
@@ -266,7 +270,12 @@ class DirtyBitmap:
 
     def _drop(self, first: int, stop: int) -> None:
         """Clear both bits of the blocks, if there are any."""
-        if first < stop:
+        if stop - first == 1:
+            self._todo_count -= self._todo[first]
+            self._mapped_count -= self._mapped[first]
+            self._todo[first] = 0
+            self._mapped[first] = 0
+        elif first < stop:
             self._todo_count -= self._todo.count(1, first, stop)
             self._mapped_count -= self._mapped.count(1, first, stop)
             self._todo[first:stop] = 0

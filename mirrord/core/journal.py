@@ -286,9 +286,10 @@ def _record(data: bytes, position: int, length: int, sequence: int) -> Record:
 
 def _tail(data: bytes, position: int, length: int | None, records: tuple[Record, ...]) -> Log:
     """Return the log that ends at `position`, where no intact record is."""
-    junk = len(data[position:].rstrip(b"\0"))
-    if junk == 0:
+    rest = data[position:]
+    if rest == bytes(len(rest)):
         return Log(records, position)
+    junk = len(rest.rstrip(b"\0"))
     for later in range(position + BLOCK_BYTES, position + junk, BLOCK_BYTES):
         intact = _payload_length(data, later)
         if intact is not None and _payload_intact(data, later, intact):

@@ -7,9 +7,9 @@
 
 `log` and `map` get their names only once they are complete and durable, so one that is there but
 has the wrong length was damaged. `dirty` is never made durable on purpose: a power cut changes the
-boot, and another boot's bitmap is not believed. It then becomes all ones *before* the header
-names the new boot, because this process, too, may be killed at any moment: nobody ever finds a
-bitmap of this boot with too few bits.
+boot, and another boot's bitmap is not believed. It is made all ones then, and its header stays
+empty until `vouch`, because this process, too, may be killed at any moment: nobody ever believes a
+bitmap that was only half rebuilt.
 
 The map has no checksum and needs none against torn writes: a set bit matters only once its write
 was durable, a cleared one never.
@@ -135,6 +135,7 @@ class JobFiles(JobStore):
         return files
 
     def vouch(self) -> None:
+        """See `JobStore.vouch`."""
         self._header[:] = self._vouched
 
     async def create(self, map_bytes: bytes) -> None:
@@ -275,5 +276,4 @@ def _map_dirty(directory: int, header: bytes, dirty_bytes: int) -> tuple[mmap.mm
     for offset in range(0, dirty_bytes, FILL_BYTES):
         part = ones[: dirty_bytes - offset]
         mapped[HEADER_BYTES + offset : HEADER_BYTES + offset + len(part)] = part
-    mapped[:HEADER_BYTES] = header
     return mapped, False

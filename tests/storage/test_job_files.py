@@ -234,6 +234,7 @@ async def test_the_dirty_map_is_believed_on_the_same_boot_only(
     assert bytes(files.dirty) == b"\xff" * bitmap_bytes_for(SIZE)
     bitmap = DirtyBitmap(SIZE, files.dirty)
     bitmap.reset([(MIB, KIB)])
+    files.vouch()
     again = await reopened(files, directory)
     assert again.same_boot
     assert DirtyBitmap(SIZE, again.dirty).runs(0, 2 * MIB) == [
@@ -245,9 +246,19 @@ async def test_the_dirty_map_is_believed_on_the_same_boot_only(
     await other.close()
 
 
+async def test_nobody_believes_what_nobody_vouched_for(files: JobFiles, directory: Path) -> None:
+    DirtyBitmap(SIZE, files.dirty).clear()
+    again = await reopened(files, directory)
+    assert not again.same_boot
+    assert bytes(again.dirty) == b"\xff" * bitmap_bytes_for(SIZE)
+    await again.close()
+
+
 @pytest.mark.parametrize("boot", ["boot", ""])
 async def test_an_unknown_boot_is_never_the_same(directory: Path, boot: str) -> None:
-    await (await JobFiles.open(directory, SIZE, "")).close()
+    files = await JobFiles.open(directory, SIZE, "")
+    files.vouch()
+    await files.close()
     again = await JobFiles.open(directory, SIZE, boot)
     assert not again.same_boot
     await again.close()
@@ -258,6 +269,7 @@ async def test_the_dirty_map_of_another_size_is_not_believed(directory: Path) ->
         files = await JobFiles.open(directory, size, "boot")
         assert not files.same_boot
         assert bytes(files.dirty) == b"\xff" * bitmap_bytes_for(size)
+        files.vouch()
         await files.close()
 
 
@@ -266,6 +278,7 @@ async def test_there_may_be_more_behind_the_bitmap(directory: Path) -> None:
     files = await JobFiles.open(directory, SIZE, "boot", dirty_bytes=length)
     assert len(files.dirty) == length
     files.dirty[-1] = 7
+    files.vouch()
     await files.close()
     again = await JobFiles.open(directory, SIZE, "boot", dirty_bytes=length)
     assert again.same_boot
@@ -277,6 +290,7 @@ async def test_there_may_be_more_behind_the_bitmap(directory: Path) -> None:
 async def test_a_damaged_header_is_not_believed(
     files: JobFiles, directory: Path, position: int
 ) -> None:
+    files.vouch()
     await files.close()
     with open(directory / "dirty", "r+b") as file:
         file.seek(position)
@@ -309,6 +323,7 @@ async def main():
     bitmap = DirtyBitmap(1 << 30, files.dirty)
     bitmap.clear()
     bitmap.mark(8192, 4096)
+    files.vouch()
     print("marked", flush=True)
     await asyncio.Event().wait()
 
