@@ -99,6 +99,7 @@ class Machine:
             old = SimFile(world, 2, size, rng.randbytes(size))
             self.target_names.names["disk"] = old
             self.target_names.sync()
+        source.lost = self._source_lost
         self.files = SimFiles(world, JOB_ID, dirty_bytes_for(scenario.size))
         self.checker = Checker(world, scenario.content)
         self.guests = [
@@ -186,18 +187,24 @@ class Machine:
         if found is not None and (wrong := self.checker.check(bytes(found.view), "after a crash")):
             self.world.violate(wrong)
 
+    def _source_lost(self) -> None:
+        """A flush of the source failed, whoever asked for it."""
+        if not self.committed():
+            self.checker.flush_failed()
+
     def _meddle(self, what: str) -> None:
         """Somebody changes the files while nobody is looking."""
+        committed = self.outcome().authority is Authority.TARGET
         part = f".disk.mirrord-{JOB_ID}.part"
         if what == "map lost":
             self.files.map_lost = True
-        elif what == "target removed" and part in self.target_names.names and not self.committed():
+        elif what == "target removed" and part in self.target_names.names and not committed:
             self.target_names.change(part, None, self.target_names.names[part])
             self.target_names.sync()
         elif (
             what == "source replaced"
             and "disk" in self.source_names.names
-            and self.committed()
+            and committed
             and not self.scenario.source_device
         ):
             file = SimFile(self.world, self.world.tick(), self.scenario.size)
