@@ -191,7 +191,7 @@ async def _scan(job: Job) -> None:
                 job.bitmap.put_back(extent.offset, extent.length)
             offset = extent.end
     job.progress.bytes_total = job.bitmap.remaining()
-    job.progress.scanned = True
+    job.progress.scanned = job.tracker.scanned = True
     job.progress.save()
 
 

@@ -253,6 +253,7 @@ class Job:
         self.verifier = Verifier(self.tracker, settings)
         self._copied_before = self.progress.bytes_copied
         self.housekeeping = Housekeeping(self.tracker, self.copier, settings, self._trouble)
+        self.tracker.scanned = self.progress.scanned
         self.disk.follow(self.tracker)
 
     async def _climb(self) -> None:

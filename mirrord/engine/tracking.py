@@ -30,6 +30,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from errno import EIO, ETIMEDOUT
 from typing import Any
 
+from bitarray import bitarray
+
 from mirrord.core.bitmap import DirtyBitmap
 from mirrord.core.geometry import Extent, Status, round_down, round_up
 from mirrord.core.ranges import RangeLocks, Ticket
@@ -133,6 +135,7 @@ class WriteTracker:
         self.locks = Locks()
         self._strict_flush_failed = False
         self.strict = False  # the commit's outcome is unknown: both sides or neither (R15)
+        self.scanned = False  # the bitmap has everything that was data when the job began
         self.abandoned = False  # the job gave up: writes go to the source alone
         self.mirrored_bytes = 0
         self.generation = 0  # grows when the target may have forgotten what it had confirmed
@@ -146,16 +149,18 @@ class WriteTracker:
         self._legs: set[asyncio.Task[OSError | None]] = set()
         self._in_flight: dict[int, tuple[int, int]] = {}
         self._next_token = 0
-        self._unflushed: set[int] = set()  # regions written at the target since its last good flush
-        self._source_unflushed: set[int] = set()  # the same of the source, by the guest's flushes
-        self._hot: deque[set[int]] = deque([set()], maxlen=settings.hot_checkpoints + 1)
+        # A bit a region: written at the target since its last good flush. A process before this
+        # one may have written wherever a mark stands.
+        self._unflushed = intents.map.marked_bits()
+        self._source_unflushed = self._none()  # the same of the source, by the guest's flushes
+        self._hot = deque([self._none()], maxlen=settings.hot_checkpoints + 1)
 
     # The guest's side
 
     async def mutate(self, mutation: Mutation) -> None:
         """Carry a mutation out, on both sides while mirroring."""
         regions = self.regions(mutation.offset, mutation.length)
-        self._hot[0].update(regions)
+        self._hot[0][regions] = 1
         mirror = self._mirror
         try:
             if self.strict:
@@ -165,11 +170,11 @@ class WriteTracker:
             else:
                 await self._mirrored(mutation, mirror)
         finally:
-            self._source_unflushed.update(regions)
+            self._source_unflushed[regions] = 1
 
     async def flush(self) -> None:
         """Make the source durable (R10); both sides while the commit's outcome is unknown."""
-        covered, self._source_unflushed = self._source_unflushed, set()
+        covered, self._source_unflushed = self._source_unflushed, self._none()
         try:
             await self.source.flush()
         except OSError as error:
@@ -206,19 +211,19 @@ class WriteTracker:
         """Yield (offset, length) of the unmirrored writes in flight."""
         return iter(self._in_flight.values())
 
-    def regions(self, offset: int, length: int) -> range:
+    def regions(self, offset: int, length: int) -> slice:
         """Return the indices of the regions that the range touches."""
         unit = self._settings.region_bytes
-        return range(offset // unit, (offset + length - 1) // unit + 1)
+        return slice(offset // unit, (offset + length - 1) // unit + 1)
 
     @property
     def unflushed_bytes(self) -> int:
         """About how much a flush of the target would have to do: whole regions."""
-        return len(self._unflushed) * self._settings.region_bytes
+        return self._unflushed.count() * self._settings.region_bytes
 
     def target_wrote(self, offset: int, length: int) -> None:
         """Remember that a write to the target ended, and isn't durable yet."""
-        self._unflushed.update(self.regions(offset, length))
+        self._unflushed[self.regions(offset, length)] = 1
 
     async def flush_target(self) -> None:
         """Make what was written to the target durable.
@@ -228,7 +233,7 @@ class WriteTracker:
         once, and must not be taken for the success of another.
         """
         async with self._flushing:
-            covered, self._unflushed = self._unflushed, set()
+            covered, self._unflushed = self._unflushed, self._none()
             try:
                 await self.target.flush()
             except OSError as error:
@@ -252,29 +257,34 @@ class WriteTracker:
         equal = self._clearable()
         await self.flush_target()
         # no await below until the regions are cleared in memory
-        hot = self._source_unflushed.union(*self._hot)
-        self._hot.appendleft(set())
-        still = (r for r in equal if r not in self._unflushed and r not in hot)
-        await self.intents.clear([r for r in still if not self._dirty(r)])
+        equal &= self._clearable() & ~self._unflushed & ~self._source_unflushed
+        for hot in self._hot:
+            equal &= ~hot
+        self._hot.appendleft(self._none())
+        await self.intents.clear(equal.search(1))
 
-    def _clearable(self) -> list[int]:
+    def _clearable(self) -> bitarray:
         """Return the marked regions in which both sides are equal now, by the bitmap."""
-        return [r for r in self.intents.map.marked_regions() if not self._dirty(r)]
+        if not self.scanned:
+            return self._none()
+        clean = self.bitmap.clean_regions(self._settings.region_bytes)
+        return clean & self.intents.map.marked_bits()
+
+    def _none(self) -> bitarray:
+        """Return a bit for each region, none set."""
+        return bitarray(self.intents.map.count, endian="little")
 
     def distrust_target(self) -> None:
         """Mark everything that the target has not confirmed as durable (R9, R13)."""
         self.stop_mirroring()
         self.generation += 1
         unit = self._settings.region_bytes
-        for region in self._unflushed:
+        for region in self._unflushed.search(1):
             start = region * unit
-            self.bitmap.mark(start, min(unit, self.source.size - start))
-        self._unflushed.clear()
+            self.bitmap.mark(start, min(unit, self.bitmap.size - start))
+        self._unflushed = self._none()
 
     # Inside
-
-    def _dirty(self, region: int) -> bool:
-        return self.bitmap.region_dirty(region, self._settings.region_bytes)
 
     async def _follow(self, mutation: Mutation) -> None:
         offset, length = mutation.offset, mutation.length
