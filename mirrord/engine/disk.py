@@ -102,6 +102,8 @@ class Disk:
             if backend is self.backend:
                 self.flush_failed = True
             raise
+        if backend is self.backend:
+            self._refuse_after_failed_flush()
 
     async def cache(self, offset: int, length: int) -> None:
         """Bring the range near. Has no effect that a guest could rely on."""
@@ -165,9 +167,9 @@ class Disk:
         generation = self._generation
         generation.count += 1
         try:
-            if self.flush_failed and getattr(mutation, "fua", False):
-                self._refuse_after_failed_flush()
-            if self._tracker is None:
+            if mutation.fua:
+                await self._durably(mutation)
+            elif self._tracker is None:
                 await mutation.apply(self.backend)
             else:
                 await self._tracker.mutate(mutation)
@@ -175,6 +177,23 @@ class Disk:
             generation.count -= 1
             if generation.ended is not None and not generation.count:
                 generation.ended.set()
+
+    async def _durably(self, mutation: Mutation) -> None:
+        """Carry out a FUA mutation. Its flush and another's may be answered for each other: the
+        kernel reports a lost page once, so after any failure none of them is believed."""
+        self._refuse_after_failed_flush()
+        backend = self.backend
+        try:
+            if self._tracker is None:
+                await mutation.apply(backend)
+            else:
+                await self._tracker.mutate(mutation)
+        except OSError as error:
+            if backend is self.backend and error.errno != errno.ENOTSUP:
+                self.flush_failed = True
+            raise
+        if backend is self.backend:
+            self._refuse_after_failed_flush()
 
     def _refuse_after_failed_flush(self) -> None:
         if self.flush_failed:

@@ -355,6 +355,7 @@ class Job:
             self.sample()
 
     def sample(self) -> None:
+        """Measure the rates, and put the counters where a kill doesn't reach them."""
         assert self.tracker is not None
         copied = self.copier.copied_bytes
         self.progress.bytes_copied = self._copied_before + copied

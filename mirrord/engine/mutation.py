@@ -14,6 +14,7 @@ class Mutation(ABC):
     __slots__ = ()
     offset: int
     length: int
+    fua: bool  # durable before it is answered
 
     @abstractmethod
     async def apply(self, backend: Backend) -> None:

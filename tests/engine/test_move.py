@@ -9,6 +9,7 @@ import pytest
 
 from mirrord.core.migration import Phase
 from tests.engine.harness import Bench, Writer, finish
+from tests.helpers import eventually_async
 
 SIZE = (24 << 20) + 513
 
@@ -23,7 +24,8 @@ async def test_move_under_load(tmp_path: Path, mode: str, verify: str) -> None:
     job = await bench.start(mode=mode, verify=verify)
     guest = asyncio.create_task(writer.run())
     status = await finish(job)
-    await asyncio.sleep(0.01)
+    seen = writer.requests
+    await eventually_async(lambda: writer.requests > seen)
     writer.stopped = True
     await guest
     assert status.phase is Phase.DONE, status
