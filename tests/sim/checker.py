@@ -49,6 +49,7 @@ class Checker:
         self.in_flight: dict[int, Value] = {}
         self._reads: dict[int, Read] = {}
         self.shaky = False  # a flush of the authority failed: its cache may fall back
+        self.failed_at = -1  # when that was
         self.cut_at = -1  # the last power cut
 
     def begin_write(self, offset: int, data: bytes) -> list[tuple[int, Value]]:
@@ -72,7 +73,8 @@ class Checker:
             value.end = tick
             del self.in_flight[id(value)]
             begin = value.begin
-            self.now[block] = [v for v in self.now[block] if v is value or v.end > begin]
+            if fua or begin > self.failed_at:  # else the failed flush may have taken it along
+                self.now[block] = [v for v in self.now[block] if v is value or v.end > begin]
             if fua:
                 self.stable[block] = [v for v in self.stable[block] if v is value or v.end > begin]
 
@@ -95,6 +97,7 @@ class Checker:
     def flush_failed(self) -> None:
         """The authority lost what it had not written: anything not durable may come back."""
         self.shaky = True
+        self.failed_at = self.world.tick()
         for block, values in enumerate(self.stable):
             self.now[block] = list(values)
 

@@ -33,7 +33,6 @@ class SimFile:
         self.versions: dict[int, list[tuple[int, bytes]]] = {}
         self.forgettable: set[int] = set()  # a failed flush lost these; the cache still has them
         self.allocated: set[int] = {b for b in range(self.blocks) if any(self.block(b))}
-        self.lost: Callable[[], None] = lambda: None  # told when a flush fails
         self.open_in: dict[SimBackend, int] = {}  # who has it open, in which life
         world.survivors.append(self)
 
@@ -65,7 +64,7 @@ class SimFile:
 
     def sync_failed(self, tick: int) -> None:
         """Some blocks reach the platter, the others are forgotten, and nobody will know."""
-        self.lost()
+        self.world.flush_failed(self)
         for index in list(self.versions):
             kept = []
             lands = self.world.random() < 0.3

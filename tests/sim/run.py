@@ -99,7 +99,7 @@ class Machine:
             old = SimFile(world, 2, size, rng.randbytes(size))
             self.target_names.names["disk"] = old
             self.target_names.sync()
-        source.lost = self._source_lost
+        world.flush_failed = self._flush_failed
         self.files = SimFiles(world, JOB_ID, dirty_bytes_for(scenario.size))
         self.checker = Checker(world, scenario.content)
         self.guests = [
@@ -187,9 +187,9 @@ class Machine:
         if found is not None and (wrong := self.checker.check(bytes(found.view), "after a crash")):
             self.world.violate(wrong)
 
-    def _source_lost(self) -> None:
-        """A flush of the source failed, whoever asked for it."""
-        if not self.committed():
+    def _flush_failed(self, file: object) -> None:
+        """A flush failed, whoever asked for it; of the authority it may take back what was read."""
+        if file is self._authority():
             self.checker.flush_failed()
 
     def _meddle(self, what: str) -> None:

@@ -106,6 +106,7 @@ class World:
         self.dead = True
         self.points = 0
         self.loop: SimLoop
+        self.flush_failed: Callable[[object], None] = lambda file: None  # told of each
         self.violation: str | None = None
         self._tick = 0
         self._in_flight: dict[_Call, None] = {}
