@@ -14,9 +14,17 @@ import mmap
 
 from bitarray import bitarray
 
+NONE = 0
+COMPARING = 1  # no digest, but nothing was written since this mark was set
+
 
 class Digests:
-    """64-bit digests (XXH3) by chunk; 0 means none."""
+    """64-bit digests (XXH3) by chunk, as `of` makes them."""
+
+    @staticmethod
+    def of(digest: int) -> int:
+        """Return the digest as it is kept: two values of 2**64 mean something else."""
+        return digest if digest > COMPARING else digest + 2
 
     def __init__(self, size: int, chunk_bytes: int) -> None:
         self.chunk_bytes = chunk_bytes
@@ -42,10 +50,14 @@ class Digests:
 
     def set(self, index: int, digest: int) -> None:
         """Remember the digest of a chunk that is equal on both sides."""
-        self._digests[index] = digest or 1  # 0 means none; one in 2**64 is compared by reading
+        self._digests[index] = self.of(digest)
+
+    def compare(self, index: int) -> None:
+        """Mark a chunk without a digest that is about to be compared."""
+        self._digests[index] = COMPARING
 
     def get(self, index: int) -> int:
-        """Return the chunk's digest, or 0."""
+        """Return the chunk's digest, COMPARING, or NONE."""
         return self._digests[index]
 
     def range_of(self, index: int) -> tuple[int, int]:

@@ -146,7 +146,7 @@ class Job:
             return self._ended
         phase = self.migration.phase
         copier = self.copier if self.tracker is not None else None
-        remaining = 0 if phase is Phase.RETIRING else self.bitmap.remaining()
+        remaining = self._remaining(copier) if phase is not Phase.RETIRING else 0
         dirty_rate = 0.0 if phase in MIRRORED else self.rates.dirty
         moving = phase in (Phase.COPYING, Phase.CATCHING_UP, Phase.MIRRORING)
         return JobStatus(
@@ -172,6 +172,10 @@ class Job:
             source_kept=self.retirement.kept,
             story=tuple(self.migration.story),
         )
+
+    def _remaining(self, copier: Copier | None) -> int:
+        """Bytes to copy and being copied; a mirrored write in flight is neither."""
+        return self.bitmap.todo() + copier.in_flight_bytes if copier else self.bitmap.remaining()
 
     async def pause(self) -> None:
         """Stop copying until `resume`; the pause is durable. Refused past the commit point."""

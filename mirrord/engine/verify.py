@@ -1,8 +1,13 @@
 """Verification: the target is read back and compared, chunk by chunk, while the guest goes on.
 
 A chunk whose digest was taken when it was copied needs only the target's bytes; any other is
-compared by reading both sides. Holes on both sides are equal without a read. Each comparison
-holds the chunk's range lock, so no mirrored write is half done while it looks.
+compared by reading both sides. Holes on both sides are equal without a read.
+
+No lock is held while reading, so that no guest waits for it. Instead the chunk's digest is the
+witness: a mirrored write takes it away, under its range lock, before either leg starts. A chunk
+without a digest gets a mark in its place, set under the range lock, when no write is under way.
+If digest or mark is still there after reading, nothing was written and the comparison holds; else
+the chunk counts as written meanwhile.
 
 A chunk that the guest writes to after it was compared is compared again, in a later pass. A guest
 that never stops writing to some chunks would keep that going for ever, so there are at most
@@ -18,6 +23,7 @@ from dataclasses import dataclass
 from xxhash import xxh3_64_intdigest
 
 from mirrord.core.geometry import Extent, Status
+from mirrord.engine.digests import COMPARING, Digests
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.tracking import WriteTracker
 from mirrord.errors import SourceError, TargetError
@@ -94,29 +100,32 @@ class Verifier:
         return sorted(mismatches), compared
 
     async def _chunk(self, index: int) -> bool:
-        """Compare one chunk; a chunk that is dirty, and so will be copied again, counts as well."""
-        tracker = self._tracker
-        digests = tracker.digests
+        """Compare one chunk; False only if it differs although nothing wrote to it meanwhile."""
+        digests = self._tracker.digests
         offset, length = digests.range_of(index)
-        ticket = await tracker.locks.acquire(offset, offset + length)
-        try:
-            if not tracker.bitmap.clean(offset, length):
-                return True
-            digest = digests.get(index)
-            if digest:
-                stored = await self._stored(offset, length)
-                equal = (xxh3_64_intdigest(stored) or 1) == digest
-            else:
-                equal = await self._compare(offset, length)
-            # Unmirrored writes need no lock: if one came by, this comparison says nothing.
-            if not tracker.bitmap.clean(offset, length):
-                return True
-            if equal:
-                digests.verified(index)
-                self.verified_bytes += length
-            return equal
-        finally:
-            tracker.locks.release(ticket)
+        witness = digests.get(index) or await self._mark(index)
+        if not self._tracker.bitmap.clean(offset, length):
+            return True
+        if witness == COMPARING:
+            equal = await self._compare(offset, length)
+        else:
+            equal = Digests.of(xxh3_64_intdigest(await self._stored(offset, length))) == witness
+        # no await below
+        if digests.get(index) != witness or not self._tracker.bitmap.clean(offset, length):
+            return True
+        if equal:
+            digests.verified(index)
+            self.verified_bytes += length
+        return equal
+
+    async def _mark(self, index: int) -> int:
+        """Put a mark where a digest would be, at a moment when no mirrored write is under way."""
+        digests = self._tracker.digests
+        offset, length = digests.range_of(index)
+        ticket = await self._tracker.locks.acquire(offset, offset + length)
+        digests.compare(index)
+        self._tracker.locks.release(ticket)
+        return COMPARING
 
     async def _stored(self, offset: int, length: int) -> bytes | bytearray | memoryview:
         try:
