@@ -62,6 +62,7 @@ class DiskProcess:
         self._listener = listener
         self._limits = limits
         self._detached = asyncio.Event()
+        self._told = asyncio.Queue[signal.Signals | None]()  # to end; None: detached
         self._channel = ChannelServer(
             {
                 "status": self._status,
@@ -78,6 +79,9 @@ class DiskProcess:
 
         Raises RefusedError, DamagedError, OSError: the disk can't be served.
         """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._told.put_nowait, number)
         self._record = await asyncio.to_thread(self._read_record)
         self._mover = Mover(self._record, self._directories, on_change=self._channel.tell)
         await self._mover.open()
@@ -105,15 +109,11 @@ class DiskProcess:
 
     async def run(self) -> None:
         """Serve until told to end, and end in good order."""
-        told = asyncio.Queue[signal.Signals | None]()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, told.put_nowait, number)
         async with asyncio.TaskGroup() as group:
             moving = group.create_task(self._mover.run())
             waiting = group.create_task(self._detached.wait())
-            waiting.add_done_callback(lambda _: told.put_nowait(None))
-            why = await told.get()
+            waiting.add_done_callback(lambda _: self._told.put_nowait(None))
+            why = await self._told.get()
             log.info("stopping %s", fields(disk=self._name, why=why.name if why else "detach"))
             await self._server.stop(STOP_DEADLINE_S, coming_back=why is signal.SIGHUP)
             moving.cancel()
