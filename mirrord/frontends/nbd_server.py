@@ -111,11 +111,11 @@ class NbdServer:
 
     @property
     def clients(self) -> list[Client]:
-        """Those past their handshake, oldest first."""
+        """Those past their handshake and not on their way out, oldest first."""
         return [
             Client(c.id, s.requests, s.in_flight, c.bytes_in, c.bytes_out)
             for c in self._connections
-            if (s := c.session) is not None
+            if (s := c.session) is not None and not s.ended
         ]
 
     def _busy(self) -> bool:

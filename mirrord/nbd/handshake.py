@@ -7,7 +7,7 @@ echoed. The bytes behind the last option stay in the inbox: they are requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -74,17 +74,6 @@ class Handshake:
         self._options = 0
         self._structured = False
         self._contexts: tuple[str, ...] = ()
-        self._handlers: dict[int, Callable[[bytes], None]] = {
-            wire.OPT_EXPORT_NAME: self._export_name,
-            wire.OPT_ABORT: self._abort,
-            wire.OPT_LIST: self._list,
-            wire.OPT_STARTTLS: self._start_tls,
-            wire.OPT_INFO: self._info,
-            wire.OPT_GO: self._go,
-            wire.OPT_STRUCTURED_REPLY: self._structured_reply,
-            wire.OPT_LIST_META_CONTEXT: self._list_contexts,
-            wire.OPT_SET_META_CONTEXT: self._set_contexts,
-        }
         self._option = 0  # the one being answered
 
     def advance(self) -> None:
@@ -126,14 +115,14 @@ class Handshake:
 
     def _answer(self, option: int, data: bytes) -> None:
         self._option = option
-        handler = self._handlers.get(option)
+        handler = _HANDLERS.get(option)
         if self.stopping and option not in (wire.OPT_ABORT, wire.OPT_EXPORT_NAME):
             self._reply(wire.REP_ERR_SHUTDOWN, b"the server is stopping")
         elif handler is None:
             self._reply(wire.REP_ERR_UNSUP, b"unknown option")
         else:
             try:
-                handler(data)
+                handler(self, data)
             except _MalformedError as error:
                 self._reply(wire.REP_ERR_INVALID, str(error).encode())
 
@@ -281,3 +270,16 @@ class Handshake:
 def _expect_empty(data: bytes) -> None:
     if data:
         raise _MalformedError("this option has no data")
+
+
+_HANDLERS: Final[Mapping[int, Callable[[Handshake, bytes], None]]] = {
+    wire.OPT_EXPORT_NAME: Handshake._export_name,
+    wire.OPT_ABORT: Handshake._abort,
+    wire.OPT_LIST: Handshake._list,
+    wire.OPT_STARTTLS: Handshake._start_tls,
+    wire.OPT_INFO: Handshake._info,
+    wire.OPT_GO: Handshake._go,
+    wire.OPT_STRUCTURED_REPLY: Handshake._structured_reply,
+    wire.OPT_LIST_META_CONTEXT: Handshake._list_contexts,
+    wire.OPT_SET_META_CONTEXT: Handshake._set_contexts,
+}

@@ -72,6 +72,10 @@ class Inbox:
         self._target, self._filled, self.waiting = target, have, True
         return False
 
+    def let_go(self) -> None:
+        """Forget the rest of a payload, and its memory."""
+        self._target, self._discard, self.waiting = None, 0, False
+
     def discard(self, count: int) -> bool:
         """Throw the next `count` bytes away; True when they have all come."""
         have = min(count, self.end - self.start)

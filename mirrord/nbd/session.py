@@ -298,6 +298,7 @@ class Session:
         if self._arriving is not None:
             self.held_bytes -= self._arriving.length
             self._arriving = None
+            self._inbox.let_go()
 
     # Answers.
 

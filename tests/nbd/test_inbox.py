@@ -54,6 +54,17 @@ def test_the_rest_of_a_payload_is_received_in_place() -> None:
     assert bytes(target) == b"abcde"
 
 
+def test_a_payload_let_go_is_not_kept_in_memory() -> None:
+    inbox = Inbox()
+    put(inbox, b"abc")
+    target = bytearray(5)
+    with memoryview(target) as view:
+        inbox.fill(view[:])
+    inbox.let_go()
+    assert not inbox.waiting
+    target.append(0)  # raises while somebody has a view of it
+
+
 def test_discarded_bytes_are_gone_and_the_next_ones_are_not() -> None:
     inbox = Inbox()
     put(inbox, b"ab")
