@@ -10,7 +10,7 @@ that has to wait: so before its first `await` that waits, none may use `asyncio.
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Coroutine, Generator, Sequence
 from types import coroutine
 from typing import Any, Protocol, TypeVar
 
@@ -57,13 +57,24 @@ class Door(Protocol):
         """Return extents (DIRTY, CLEAN) from `offset` on; they may stop early."""
 
 
-@coroutine
-def carry_on(work: Coroutine[Any, Any, T], waits_for: Any) -> Generator[Any, Any, T]:
-    """Await the rest of `work`, whose first step was taken by hand and yielded `waits_for`.
+def carry_on(work: Coroutine[Any, Any, T], waits_for: Any) -> Awaitable[T]:
+    """Return what awaits the rest of `work`, whose first step was taken by hand just now.
 
-    That future is yielded again, now to the task that awaits this; from then on everything is
-    passed on, a cancellation too, as `await work` would have done.
+    `waits_for` is what that step yielded. Several requests may wait for one future; it is marked
+    as yielded only between a yield and the task that sees it (`_asyncio_future_blocking`, part
+    of the protocol between futures and tasks), so the mark is taken off until a task asks.
     """
+    if waits_for is not None:  # a bare yield, as of `sleep(0)`, waits for nothing
+        waits_for._asyncio_future_blocking = False
+    return _rest(work, waits_for)
+
+
+@coroutine
+def _rest(work: Coroutine[Any, Any, T], waits_for: Any) -> Generator[Any, Any, T]:
+    """Yield the future again, now to the task that awaits this; then pass everything on, a
+    cancellation too, as `await work` would have done."""
+    if waits_for is not None:
+        waits_for._asyncio_future_blocking = True
     while True:
         thrown: BaseException | None = None
         try:

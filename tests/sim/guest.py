@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
-import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
+from mirrord.frontends.door import carry_on
 from tests.sim.checker import Checker
 from tests.sim.disk import BLOCK
 from tests.sim.loop import close, elapse
@@ -181,7 +181,7 @@ async def eager(request: Coroutine[Any, Any, Any]) -> Any:
         except Exception as error:
             answer.set_exception(error)
         else:
-            task = loop.create_task(_go_on(request, waits_for), name="request")  # type: ignore
+            task = loop.create_task(_finish(carry_on(request, waits_for)), name="request")
             task.add_done_callback(lambda task: _pass_on(task, answer))
 
     loop.call_soon(start)
@@ -192,19 +192,8 @@ async def eager(request: Coroutine[Any, Any, Any]) -> Any:
             close(request)
 
 
-@types.coroutine
-def _go_on(request: Coroutine[Any, Any, Any], waits_for: Any) -> Generator[Any, Any, Any]:
-    raised: BaseException | None = None
-    while True:
-        try:
-            yield waits_for
-        except BaseException as error:
-            raised = error
-        try:
-            waits_for = request.send(None) if raised is None else request.throw(raised)
-        except StopIteration as stop:
-            return stop.value
-        raised = None
+async def _finish(rest: Awaitable[Any]) -> Any:
+    return await rest
 
 
 def _pass_on(task: asyncio.Task[Any], answer: asyncio.Future[Any]) -> None:
