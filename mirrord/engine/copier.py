@@ -43,18 +43,17 @@ class Copier:
         settings: EngineSettings,
         window: Window,
         bucket: TokenBucket,
-        tasks: asyncio.TaskGroup,
         *,
         in_process: bool,
         report: Callable[[SideError], None],
     ) -> None:
+        self.tasks: asyncio.TaskGroup  # the job's, once it runs
         self.copied_bytes = 0  # everything made equal, zeroes and recopies included
         self.moved_bytes = 0  # of that, data that was written; the rest was zeroes
         self._tracker = tracker
         self._settings = settings
         self._window = window
         self._bucket = bucket
-        self._tasks = tasks
         self._in_process = in_process
         self._report = report
         self._zeroes = bytes(settings.zero_bytes)
@@ -166,7 +165,7 @@ class Copier:
         return False
 
     def _start(self, offset: int, length: int) -> asyncio.Task[None]:
-        worker = self._tasks.create_task(self._work(offset, length))
+        worker = self.tasks.create_task(self._work(offset, length))
         self._workers[worker] = length
         worker.add_done_callback(self._ended)
         return worker

@@ -45,13 +45,14 @@ class Intents:
         for region in regions:
             self.map.clear(region)
         while self._writing is not None:
-            await self._writing
+            await asyncio.shield(self._writing)
         if self.map.cleared_pages():
             await self._write(durable=False)
 
     async def _write(self, *, durable: bool) -> None:
         if self._writing is not None:
-            await self._writing
+            # Shared by all who wait: one that is cancelled must not cancel it for the others.
+            await asyncio.shield(self._writing)
             return
         self._writing = asyncio.get_running_loop().create_future()
         try:

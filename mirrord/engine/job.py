@@ -109,7 +109,6 @@ class Job:
         self.ledger = ledger
         self.around = around
         self.settings = around.settings
-        self._target = target
         self.bitmap = bitmap
         self._intents = intents
         self.progress = progress
@@ -137,6 +136,8 @@ class Job:
         self.pause_s: float | None = None
         self._started_s: float | None = None
         self._ended: JobStatus | None = None
+        if target is not None:
+            self._follow(target)
 
     # What others may ask and tell
 
@@ -223,8 +224,8 @@ class Job:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                if self._target is not None:
-                    self._follow(self._target)
+                if self.tracker is not None:
+                    self.copier.tasks = tasks
                 await self._climb()
         except* Exception as group:
             await self._survive(group)
@@ -243,7 +244,10 @@ class Job:
         await self._store.close()
 
     def _follow(self, target: Backend) -> None:
-        """Begin to follow the guest's writes. No await: the first write sees all of it."""
+        """Begin to follow the guest's writes.
+
+        At once, not when the job runs: after a recovery the first guest may come before that.
+        """
         settings = self.settings
         digests = Digests(self.bitmap.size, settings.chunk_bytes)
         self.tracker = WriteTracker(
@@ -251,7 +255,7 @@ class Job:
             report=self._trouble, give_up=self._give_up, charge=self._charge,
         )  # fmt: skip
         self.copier = Copier(
-            self.tracker, settings, Window(settings.chunk_bytes), self._bucket, self._tasks,
+            self.tracker, settings, Window(settings.chunk_bytes), self._bucket,
             in_process=self.request.verify == "full", report=self._trouble,
         )  # fmt: skip
         self.verifier = Verifier(self.tracker, settings)
@@ -286,7 +290,7 @@ class Job:
         A failure is the door's to remember, and the tracker's to report: the job fails by it.
         """
         try:
-            await self.disk.flush()
+            await asyncio.shield(asyncio.ensure_future(self.disk.flush()))
         except OSError as error:
             self._trouble(SourceError(error, "flush of the source failed"))
 
@@ -409,7 +413,7 @@ class Job:
             await self.target_place.discard(self.request.job_id)
         except OSError as error:
             reason = f"{reason}; the target {self.target_place.location} is left over ({error})"
-        self.around.adopt(self.tracker.target.close())
+        self.around.adopt(self.tracker.close_target())
         self._ended = await self._conclude(event, reason, after)
 
     async def _record_abort(self, reason: str, *, cancelled: bool = False) -> None:

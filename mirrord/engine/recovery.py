@@ -190,8 +190,12 @@ async def _recover_prepared(
     prep = ledger.outcome.prep
     assert prep is not None
     expected = Identity(**prep["source"])
-    if source.size != expected.size:
-        reason = f"the source changed size from {expected.size} to {source.size} bytes"
+    if not expected.is_still(source.identity, same_boot=store.same_boot):
+        # Nothing that the maps say holds for another file, and it is not ours to delete.
+        if source.size == expected.size:
+            reason = f"the source {places.source.location} was replaced meanwhile"
+        else:
+            reason = f"the source changed size from {expected.size} to {source.size} bytes"
         await ledger.append(Kind.ABORT, {"reason": reason})
         await _conclude_aborted(places, request, ledger)
         return None
@@ -209,7 +213,7 @@ async def _recover_prepared(
         request,
         disk,
         (places.source, places.target),
-        (source.identity, target.identity),
+        (expected, target.identity),
         store,
         ledger,
         around,

@@ -28,7 +28,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from errno import EIO, ETIMEDOUT
-from typing import Any
+from typing import Any, TypeVar
 
 from bitarray import bitarray
 
@@ -41,6 +41,8 @@ from mirrord.engine.mutation import Mutation
 from mirrord.engine.settings import EngineSettings
 from mirrord.errors import SideError, SourceError, TargetError
 from mirrord.storage.backend import Backend
+
+T = TypeVar("T")
 
 
 class Mirror:
@@ -145,8 +147,8 @@ class WriteTracker:
         self._charge = charge
         self._mirror: Mirror | None = None
         self._flushing = asyncio.Lock()
-        # A leg belongs to the guest's write, not to the job: whatever ends the job, it goes on.
-        self._legs: set[asyncio.Task[OSError | None]] = set()
+        # Legs and flushes that began: whoever is cancelled and whatever ends the job, they go on.
+        self._owned: set[asyncio.Task[Any]] = set()
         self._in_flight: dict[int, tuple[int, int]] = {}
         self._next_token = 0
         # A bit a region: written at the target since its last good flush. A process before this
@@ -229,9 +231,13 @@ class WriteTracker:
         """Make what was written to the target durable.
 
         A failed flush makes everything written since the last good one dirty again, ends
-        mirroring (R9), and is raised as TargetError. One flush at a time: an error is reported
-        once, and must not be taken for the success of another.
+        mirroring (R9), is reported, and raised as TargetError. One flush at a time: the kernel
+        tells of an error once, and it must not be taken for the success of another. So a flush
+        that began ends here, with all of this, also when whoever wanted it is cancelled.
         """
+        await asyncio.shield(self._own(self._flush_once()))
+
+    async def _flush_once(self) -> None:
         async with self._flushing:
             covered, self._unflushed = self._unflushed, self._none()
             try:
@@ -239,10 +245,9 @@ class WriteTracker:
             except OSError as error:
                 self._unflushed |= covered
                 self.distrust_target()
-                raise TargetError(error, "flush of the target failed") from error
-            except BaseException:
-                self._unflushed |= covered
-                raise
+                trouble = TargetError(error, "flush of the target failed")
+                self._report(trouble)
+                raise trouble from error
 
     async def checkpoint(self) -> None:
         """Flush the target, then clear the marks of regions that were equal before the flush.
@@ -273,6 +278,12 @@ class WriteTracker:
     def _none(self) -> bitarray:
         """Return a bit for each region, none set."""
         return bitarray(self.intents.map.count, endian="little")
+
+    async def close_target(self) -> None:
+        """Close the target once everything that was asked of it has ended."""
+        while self._owned:
+            await asyncio.wait(self._owned)
+        await self.target.close()
 
     def distrust_target(self) -> None:
         """Mark everything that the target has not confirmed as durable (R9, R13)."""
@@ -336,7 +347,7 @@ class WriteTracker:
                 if self._mirror is not mirror:
                     await self._follow(mutation)
                     return
-                leg = self._spawn(self._leg(mutation))
+                leg = self._own(self._leg(mutation))
                 equal = await self._both(mutation, leg)
             except BaseException:
                 self.bitmap.mark(start, length)
@@ -375,7 +386,7 @@ class WriteTracker:
         length = round_up(mutation.offset + mutation.length, unit) - start
         ticket = await self.locks.acquire(start, start + length)
         self.bitmap.mark(start, length)
-        leg = self._spawn(self._leg(mutation, strict=True))
+        leg = self._own(self._leg(mutation, strict=True))
         leg.add_done_callback(lambda _: self.locks.release(ticket))
         await mutation.apply(self.source)
         error = await self._outcome(leg)
@@ -391,11 +402,16 @@ class WriteTracker:
             self._strict_flush_failed = True
             raise
 
-    def _spawn(self, work: Coroutine[Any, Any, OSError | None]) -> asyncio.Task[OSError | None]:
-        leg = asyncio.get_running_loop().create_task(work)
-        self._legs.add(leg)
-        leg.add_done_callback(self._legs.discard)
-        return leg
+    def _own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._owned.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._owned.discard(task)
+        if not task.cancelled():
+            task.exception()  # reported already, and raised to whoever still waits
 
     async def _leg(self, mutation: Mutation, *, strict: bool = False) -> OSError | None:
         try:

@@ -57,6 +57,18 @@ class Identity:
         """Tell whether both are one object, by numbers that hold within one boot."""
         return (self.kind, self.device, self.inode) == (other.kind, other.device, other.inode)
 
+    def is_still(self, found: Identity, *, same_boot: bool = False) -> bool:
+        """Tell whether `found` is this object, met again: by inode, size and birth.
+
+        Device numbers may change over a boot or a mount (btrfs); they count for a block device
+        on the same boot, which has no more.
+        """
+        if same_boot and self.kind == "block" and self.device != found.device:
+            return False
+        born = self.born_ns == found.born_ns or 0 in (self.born_ns, found.born_ns)
+        same = (self.kind, self.inode, self.size) == (found.kind, found.inode, found.size)
+        return born and same
+
 
 class Backend(ABC):
     """An open disk: bytes at offsets.
