@@ -99,7 +99,7 @@ async def cutting_over(job: Job) -> Outcome:
     await job.housekeeping.check_unchanged()
     job.cutover_attempt = Cutover(
         job.disk, job.tracker, job.ledger, job.target_place, job.request.job_id,
-        job.settings,
+        job.settings, job.around.clock,
     )  # fmt: skip
     try:
         event, reason = await job.cutover_attempt.run(

@@ -46,6 +46,7 @@ class Copier:
         *,
         in_process: bool,
         report: Callable[[SideError], None],
+        clock: Callable[[], float],
     ) -> None:
         self.tasks: asyncio.TaskGroup  # the job's, once it runs
         self.copied_bytes = 0  # everything made equal, zeroes and recopies included
@@ -56,6 +57,7 @@ class Copier:
         self._bucket = bucket
         self._in_process = in_process
         self._report = report
+        self._clock = clock
         self._zeroes = bytes(settings.zero_bytes)
         self.trouble: SideError | None = None  # the last one that a worker met
         self._workers: dict[asyncio.Task[None], int] = {}
@@ -153,9 +155,9 @@ class Copier:
             if busy and busy + length > self._window.bytes:
                 await self._changed.wait()
                 continue
-            delay_s = self._bucket.delay_s(length, loop.time())
+            delay_s = self._bucket.delay_s(length, self._clock())
             if delay_s <= 0:
-                self._bucket.charge(length, loop.time())
+                self._bucket.charge(length, self._clock())
                 return True
             timer = loop.call_later(delay_s, self._changed.set)
             try:
@@ -177,17 +179,17 @@ class Copier:
     async def _work(self, offset: int, length: int) -> None:
         tracker = self._tracker
         bitmap = tracker.bitmap
-        loop = asyncio.get_running_loop()
         equal = False
         ticket = None
         try:
             ticket = await tracker.locks.acquire(*self._locked(offset, length))
             generation = tracker.generation
-            started_s = loop.time()
+            started_s = self._clock()
             digest = await self._copy(offset, length)
             # no await below: what is decided here is what a kill finds
             tracker.target_wrote(offset, length)
-            self._window.completed(length, loop.time() - started_s, loop.time())
+            now_s = self._clock()
+            self._window.completed(length, now_s - started_s, now_s)
             if tracker.generation == generation:
                 bitmap.copied(offset, length, tracker.in_flight())
                 equal = True

@@ -45,6 +45,7 @@ class Cutover:
         place: Place,
         job_id: str,
         settings: EngineSettings,
+        clock: Callable[[], float],
     ) -> None:
         self.committing = False
         self.former: Backend | None = None  # the source, once pivoted
@@ -55,6 +56,7 @@ class Cutover:
         self._place = place
         self._job_id = job_id
         self._settings = settings
+        self._clock = clock
 
     @property
     def withdrawable(self) -> bool:
@@ -70,9 +72,8 @@ class Cutover:
         refused = await self._prepare()
         if refused is not None:
             return refused
-        loop = asyncio.get_running_loop()
         self._disk.close_gate()
-        closed_s = loop.time()
+        closed_s = self._clock()
         unknown: OSError | None = None
         try:
             missed = await self._quiesce()
@@ -89,7 +90,7 @@ class Cutover:
                 self.former = self._disk.pivot(self._tracker.target)
         finally:
             self._tracker.strict = self.committing and self.former is None
-            self.pause_s = loop.time() - closed_s
+            self.pause_s = self._clock() - closed_s
             self._disk.open_gate()
         if unknown is not None:
             return await self._abort_durably(unknown)

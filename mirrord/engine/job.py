@@ -58,8 +58,10 @@ _log = logging.getLogger("mirrord.engine")
 class Surroundings:
     """What a job is given by the process it runs in.
 
-    `wall` is the clock for people, `moved` makes a new location durable in the registry, `adopt`
-    runs a coroutine that may outlive the job, `changed` is called at every change of phase.
+    `wall` is the clock for people; `clock` is a fine monotonic one for measuring (the loop's own,
+    which is the default, has steps of a millisecond under uvloop); `moved` makes a new location
+    durable in the registry, `adopt` runs a coroutine that may outlive the job, `changed` is called
+    at every change of phase.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class Surroundings:
         adopt: Callable[[Coroutine[Any, Any, None]], None],
         changed: Callable[[Job], None] = lambda job: None,
         settings: EngineSettings | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.wall = wall
+        self.clock = clock or asyncio.get_running_loop().time
         self.moved = moved
         self.adopt = adopt
         self.changed = changed
@@ -121,7 +125,7 @@ class Job:
         if ledger.outcome.settings.get("cutover_wanted"):
             self.cutover_wanted.set()
         self.rates = Rates()
-        self._bucket = TokenBucket(self.request.limit, asyncio.get_running_loop().time())
+        self._bucket = TokenBucket(self.request.limit, around.clock())
         self.retirement = Retirement(
             self.request, ledger, *places, self.settings, moved=around.moved
         )
@@ -212,7 +216,7 @@ class Job:
         """Change the bandwidth limit (bytes a second, 0 is none) from now on."""
         self._refuse_unless_reversible("limit")
         await self._set(limit=rate)
-        self._bucket.set_rate(rate, asyncio.get_running_loop().time())
+        self._bucket.set_rate(rate, self.around.clock())
         if self.tracker is not None:
             self.copier.wake()
 
@@ -256,7 +260,7 @@ class Job:
         )  # fmt: skip
         self.copier = Copier(
             self.tracker, settings, Window(settings.chunk_bytes), self._bucket,
-            in_process=self.request.verify == "full", report=self._trouble,
+            in_process=self.request.verify == "full", report=self._trouble, clock=self.around.clock,
         )  # fmt: skip
         self.verifier = Verifier(self.tracker, settings)
         self._copied_before = self.progress.bytes_copied
@@ -368,7 +372,7 @@ class Job:
         copied = self.copier.copied_bytes
         self.progress.bytes_copied = self._copied_before + copied
         self.progress.save()
-        now_s = asyncio.get_running_loop().time()
+        now_s = self.around.clock()
         self.rates.sample(copied, self.bitmap.dirtied_bytes, now_s)
 
     # Trouble, and the end
@@ -381,7 +385,7 @@ class Job:
             self.interrupt.request(*meaning(error))
 
     def _charge(self, length: int) -> None:
-        self._bucket.charge(length, asyncio.get_running_loop().time())
+        self._bucket.charge(length, self.around.clock())
 
     async def _give_up(self, error: OSError) -> None:
         """Abort because the intent map can't be written; raise if that can't be recorded."""

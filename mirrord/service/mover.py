@@ -170,6 +170,7 @@ class Mover:
             adopt=self._adopt,
             changed=self._job_changed,
             settings=self._settings,
+            clock=time.monotonic,
         )
 
     # Running.
