@@ -25,7 +25,8 @@ from mirrord.core.units import format_bytes
 from mirrord.errors import RefusedError
 from mirrord.storage.backend import Backend, Cache, Capabilities, Identity, Place
 from mirrord.storage.descriptor import DescriptorBackend
-from mirrord.storage.fileio import PAGE_BYTES, FileIo
+from mirrord.storage.fileio import FileIo
+from mirrord.storage.memory_pool import PAGE_BYTES
 from mirrord.storage.names import NotADiskError, check_name, open_inode, reopen
 
 _BLKGETSIZE64 = 0x80081272

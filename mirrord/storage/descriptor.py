@@ -30,7 +30,13 @@ from typing import Any, TypeVar
 
 from mirrord.core.geometry import KIB, MIB, Extent, Status, round_down, round_up, split
 from mirrord.storage.backend import Backend, Buffer, Cache, Capabilities, Identity
-from mirrord.storage.fileio import PAGE_BYTES, PIECE_BYTES_MAX, FileIo
+from mirrord.storage.fileio import FileIo
+from mirrord.storage.memory_pool import (
+    PAGE_BYTES,
+    PIECE_BYTES_MAX,
+    aligned_address,
+    constant,
+)
 
 T = TypeVar("T")
 
@@ -94,11 +100,7 @@ class DescriptorBackend(Backend):
 
     async def read(self, offset: int, length: int) -> Buffer:
         if self._direct:
-            if (
-                (offset | length) % self._unit == 0
-                and length <= PIECE_BYTES_MAX
-                and offset + length <= self._direct_end
-            ):
+            if (offset | length) % self._unit == 0 and offset + length <= self._direct_end:
                 return await self._io.read_direct(self._descriptor, offset, length)
             return await self._read_past(offset, length)
         if self._no_wait and length <= INLINE_READ_BYTES_MAX:
@@ -137,10 +139,9 @@ class DescriptorBackend(Backend):
         end = offset + length
         start = round_down(offset, self._unit)
         stop = min(round_up(end, self._unit), self._direct_end)
-        pieces: list[Coroutine[Any, Any, Buffer]] = [
-            self._io.read_direct(direct, at, count)
-            for at, count in split(start, max(0, stop - start), PIECE_BYTES_MAX)
-        ]
+        pieces: list[Coroutine[Any, Any, Buffer]] = []
+        if start < stop:
+            pieces.append(self._io.read_direct(direct, start, stop - start))
         if end > self._direct_end:
             at = max(offset, self._direct_end)
             if cached < 0:
@@ -164,12 +165,12 @@ class DescriptorBackend(Backend):
         if self._direct:
             if (
                 (offset | length) % self._unit == 0
-                and length <= PIECE_BYTES_MAX
                 and offset + length <= self._direct_end
+                and (length <= PIECE_BYTES_MAX or aligned_address(data))
             ):
                 await self._write_aligned(offset, data, fua)
             else:
-                await self._own(self._write_pieces(offset, bytes(data), fua))
+                await self._own(self._write_pieces(offset, constant(data), fua))
         elif self.may_block and not fua and length <= INLINE_WRITE_BYTES_MAX:
             done = os.pwrite(self._descriptor, data, offset)
             if done != length:
@@ -190,7 +191,7 @@ class DescriptorBackend(Backend):
             if self._aligned_ended is not None and not self._aligned_writes:
                 self._let_edge_go_on()
 
-    async def _write_pieces(self, offset: int, data: bytes, dsync: bool) -> None:
+    async def _write_pieces(self, offset: int, data: Buffer, dsync: bool) -> None:
         """Write any range past the page cache; the tail's page through it."""
         view = memoryview(data)
         end = offset + len(data)

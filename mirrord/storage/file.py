@@ -22,7 +22,8 @@ from mirrord.storage.descriptor import (
     FALLOC_PUNCH_HOLE,
     DescriptorBackend,
 )
-from mirrord.storage.fileio import PAGE_BYTES, FileIo
+from mirrord.storage.fileio import FileIo
+from mirrord.storage.memory_pool import PAGE_BYTES
 
 # Data and hole pairs that one `extents` answer looks up; a look-up takes 1 to 4 us.
 EXTENT_PAIRS_MAX = 512

@@ -8,39 +8,37 @@
 * Reads and writes are whole: short ones are continued, one that moves nothing is EIO.
 * `settle` waits for what is in flight on a descriptor; only then may it be closed.
 
-Direct operations (O_DIRECT) go through `BufferPool`: the kernel wants aligned memory, and pinned
-memory should be bounded. Buffered ones go straight into or out of `bytes` objects, which nobody
-can change and which the operation keeps alive.
+Direct operations (O_DIRECT) need aligned memory. Small ones and writes of anything that could
+change go through `BufferPool`, copied once, so that pinned memory is bounded. Larger reads get a
+buffer of their own, page-aligned (`new_aligned`), which is the answer; when such an answer is
+written again, it isn't copied at all. Buffered operations go straight into or out of `bytes`
+objects, which nobody can change and which the operation keeps alive.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
-import mmap
 import os
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
-from mirrord.core.geometry import KIB, MIB
 from mirrord.storage import durable
 from mirrord.storage.backend import Buffer
+from mirrord.storage.memory_pool import (
+    POOLED_READ_BYTES_MAX,
+    BufferPool,
+    Slot,
+    aligned_address,
+    constant,
+    new_aligned,
+    writable,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-# Alignment that satisfies every device and the page cache.
-PAGE_BYTES = 4 * KIB
-
-# Sizes of pool slots and how many of each: 128 small ones for random guest I/O (two clients at
-# queue depth 64), 64 KiB ones for a guest's usual larger requests, 1 MiB ones for copying with
-# both sides direct. 17 MiB of address space; memory only where it was used.
-SLOTS = ((4 * KIB, 128), (64 * KIB, 64), (MIB, 12))
-PIECE_BYTES_MAX = SLOTS[-1][0]
 
 # Threads of the fallback. Each carries one operation; the prototype's 16 gave half of io_uring's
 # rate, more gave nothing on two cores.
@@ -48,74 +46,6 @@ THREADS_MAX = 16
 
 # Threads for what has no asynchronous form (lseek, ioctl, copy_file_range, renames).
 CALL_THREADS_MAX = 4
-
-
-class Slot:
-    """A page-aligned buffer out of the pool."""
-
-    __slots__ = ("address", "kind", "view")
-
-    def __init__(self, view: memoryview, address: int, kind: int) -> None:
-        self.view = view
-        self.address = address
-        self.kind = kind
-
-
-class BufferPool:
-    """Aligned buffers out of one mapping; who finds none free waits, first come first served."""
-
-    def __init__(self, slots: tuple[tuple[int, int], ...] = SLOTS) -> None:
-        self.sizes = [size for size, _ in slots]
-        self._memory = mmap.mmap(-1, sum(size * count for size, count in slots))
-        view = memoryview(self._memory)
-        base = address_of(self._memory)
-        self._free: list[list[Slot]] = []
-        self._waiters: list[deque[asyncio.Future[Slot]]] = [deque() for _ in slots]
-        at = 0
-        for kind, (size, count) in enumerate(slots):
-            free = []
-            for _ in range(count):
-                free.append(Slot(view[at : at + size], base + at, kind))
-                at += size
-            self._free.append(free)
-
-    def take(self, length: int) -> Slot | None:
-        """Return a free slot of at least `length` bytes, or None: then `wait`.
-
-        None too while others wait for one of that size, so nobody overtakes.
-        """
-        for kind, size in enumerate(self.sizes):
-            if length <= size:
-                free = self._free[kind]
-                return free.pop() if free and not self._waiters[kind] else None
-        raise ValueError(f"no slot holds {length} bytes")
-
-    async def wait(self, length: int) -> Slot:
-        """Return a slot of at least `length` bytes, when it is this waiter's turn."""
-        kind = next(kind for kind, size in enumerate(self.sizes) if length <= size)
-        future: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
-        self._waiters[kind].append(future)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self.give(future.result())  # it was handed over in the instant of the cancel
-            raise
-
-    def give(self, slot: Slot) -> None:
-        """Return a slot; the longest waiter gets it."""
-        waiters = self._waiters[slot.kind]
-        while waiters:
-            future = waiters.popleft()
-            if not future.done():
-                future.set_result(slot)
-                return
-        self._free[slot.kind].append(slot)
-
-    @property
-    def free_count(self) -> int:
-        """Slots that nobody uses."""
-        return sum(map(len, self._free))
 
 
 class FileIo(ABC):
@@ -139,14 +69,17 @@ class FileIo(ABC):
         """
 
     @abstractmethod
-    async def read_direct(self, descriptor: int, offset: int, length: int) -> bytes:
-        """Read aligned `length` bytes (at most `PIECE_BYTES_MAX`) at an aligned offset."""
+    async def read_direct(self, descriptor: int, offset: int, length: int) -> Buffer:
+        """Read aligned `length` bytes at an aligned offset."""
 
     @abstractmethod
     async def write_direct(
         self, descriptor: int, offset: int, data: Buffer, *, dsync: bool
     ) -> None:
-        """Write aligned `data` (at most `PIECE_BYTES_MAX`) at an aligned offset."""
+        """Write aligned `data` at an aligned offset.
+
+        At most `PIECE_BYTES_MAX` of it, or any length of what `aligned_address` knows.
+        """
 
     @abstractmethod
     async def datasync(self, descriptor: int) -> None:
@@ -204,17 +137,19 @@ class ThreadIo(FileIo):
         self._in_flight: dict[asyncio.Future[Any], int] = {}
 
     async def read(self, descriptor: int, offset: int, length: int) -> Buffer:
-        data = bytearray(length)
-        view = memoryview(data)
+        data, address = new_aligned(length)
+        view = writable(address, length)
         await self._run(descriptor, lambda: _read_whole(descriptor, view, offset))
         return data
 
     async def write(self, descriptor: int, offset: int, data: Buffer, *, dsync: bool) -> None:
-        view = memoryview(data if type(data) is bytes else bytes(data))
+        view = memoryview(constant(data))
         flags = os.RWF_DSYNC if dsync else 0
         await self._run(descriptor, lambda: _write_whole(descriptor, view, offset, flags))
 
-    async def read_direct(self, descriptor: int, offset: int, length: int) -> bytes:
+    async def read_direct(self, descriptor: int, offset: int, length: int) -> Buffer:
+        if length > POOLED_READ_BYTES_MAX:
+            return await self.read(descriptor, offset, length)
         slot = self.pool.take(length) or await self.pool.wait(length)
         view = slot.view[:length]
 
@@ -228,6 +163,9 @@ class ThreadIo(FileIo):
         self, descriptor: int, offset: int, data: Buffer, *, dsync: bool
     ) -> None:
         length = len(data)
+        if aligned_address(data):
+            await self.write(descriptor, offset, data, dsync=dsync)
+            return
         slot = self.pool.take(length) or await self.pool.wait(length)
         view = slot.view[:length]
         view[:] = data
@@ -286,11 +224,6 @@ def open_io(choice: str = "auto") -> FileIo:
             if choice == "io_uring":
                 raise
     return ThreadIo()
-
-
-def address_of(memory: mmap.mmap) -> int:
-    """Return where a mapping lies; good for as long as it is open."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def _read_whole(descriptor: int, view: memoryview, offset: int) -> None:

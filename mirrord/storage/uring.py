@@ -30,7 +30,16 @@ from typing import Any
 
 from mirrord.storage.backend import Buffer
 from mirrord.storage.durable import check
-from mirrord.storage.fileio import BufferPool, FileIo, Slot
+from mirrord.storage.fileio import FileIo
+from mirrord.storage.memory_pool import (
+    POOLED_READ_BYTES_MAX,
+    BufferPool,
+    Slot,
+    aligned_address,
+    constant,
+    constant_address,
+    new_aligned,
+)
 
 _SYS_SETUP, _SYS_ENTER, _SYS_REGISTER = 425, 426, 427  # the same on every machine
 _REGISTER_EVENTFD = 4
@@ -70,13 +79,6 @@ _enter = _syscall(
     ctypes.c_int, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_size_t
 )
 _register = _syscall(ctypes.c_int, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint)
-
-_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
-_new_bytes.restype = ctypes.py_object
-_new_bytes.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t]
-_bytes_address = ctypes.pythonapi.PyBytes_AsString
-_bytes_address.restype = ctypes.c_void_p
-_bytes_address.argtypes = [ctypes.py_object]
 
 
 class Ring:
@@ -222,8 +224,7 @@ class UringIo(FileIo):
     # The interface of `fileio`.
 
     async def read(self, descriptor: int, offset: int, length: int) -> Buffer:
-        data: bytes = _new_bytes(None, length)  # filled by the kernel before anyone sees it
-        address: int = _bytes_address(data)
+        data, address = new_aligned(length)
         done = tries = 0
         while done < length:
             result = await self._start(
@@ -234,8 +235,8 @@ class UringIo(FileIo):
         return data
 
     async def write(self, descriptor: int, offset: int, data: Buffer, *, dsync: bool) -> None:
-        whole = data if type(data) is bytes else bytes(data)
-        address: int = _bytes_address(whole)
+        whole = constant(data)
+        address = constant_address(whole)
         flags = os.RWF_DSYNC if dsync else 0
         length = len(whole)
         done = tries = 0
@@ -247,7 +248,9 @@ class UringIo(FileIo):
             done += _progress(result, tries)
             tries += 1
 
-    async def read_direct(self, descriptor: int, offset: int, length: int) -> bytes:
+    async def read_direct(self, descriptor: int, offset: int, length: int) -> Buffer:
+        if length > POOLED_READ_BYTES_MAX:
+            return await self.read(descriptor, offset, length)
         parts: list[bytes] = []
         tries = 0
         while True:
@@ -267,6 +270,9 @@ class UringIo(FileIo):
     async def write_direct(
         self, descriptor: int, offset: int, data: Buffer, *, dsync: bool
     ) -> None:
+        if aligned_address(data):
+            await self.write(descriptor, offset, data, dsync=dsync)
+            return
         flags = os.RWF_DSYNC if dsync else 0
         tries = 0
         while length := len(data):

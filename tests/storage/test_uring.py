@@ -14,7 +14,8 @@ import uvloop
 
 from mirrord.core.geometry import KIB, MIB
 from mirrord.storage import uring
-from mirrord.storage.fileio import BufferPool, FileIo, ThreadIo, open_io
+from mirrord.storage.fileio import FileIo, ThreadIo, open_io
+from mirrord.storage.memory_pool import BufferPool
 from mirrord.storage.uring import Ring, UringIo
 from tests.helpers import require_io_uring
 from tests.storage.conformance import pattern
