@@ -324,7 +324,8 @@ class WriteTracker:
         unit = self.bitmap.granularity
         start = round_down(mutation.offset, unit)
         length = round_up(mutation.offset + mutation.length, unit) - start
-        limit_s = self._settings.target_budget_s
+        limit_s = self._settings.target_budget_s  # for lock and leg together
+        until_s = asyncio.get_running_loop().time() + limit_s
         ticket = await self.locks.acquire_within(start, start + length, limit_s)
         if ticket is None:  # somebody's request to the target hangs in this range
             self._fall_back(_late(limit_s), mutation.offset)
@@ -348,7 +349,7 @@ class WriteTracker:
                     await self._follow(mutation)
                     return
                 leg = self._own(self._leg(mutation))
-                equal = await self._both(mutation, leg)
+                equal = await self._both(mutation, leg, until_s)
             except BaseException:
                 self.bitmap.mark(start, length)
                 raise
@@ -362,14 +363,16 @@ class WriteTracker:
             else:
                 leg.add_done_callback(lambda _: self.locks.release(ticket))
 
-    async def _both(self, mutation: Mutation, leg: asyncio.Task[OSError | None]) -> bool:
+    async def _both(
+        self, mutation: Mutation, leg: asyncio.Task[OSError | None], until_s: float
+    ) -> bool:
         """Wait for both legs; True when both sides have the mutation."""
         try:
             await mutation.apply(self.source)
         except OSError:
-            await self._outcome(leg)
+            await self._outcome(leg, until_s)
             raise
-        error = await self._outcome(leg)
+        error = await self._outcome(leg, until_s)
         if error is None:
             return True
         self._fall_back(error, mutation.offset)
@@ -389,7 +392,8 @@ class WriteTracker:
         leg = self._own(self._leg(mutation, strict=True))
         leg.add_done_callback(lambda _: self.locks.release(ticket))
         await mutation.apply(self.source)
-        error = await self._outcome(leg)
+        until_s = asyncio.get_running_loop().time() + self._settings.target_budget_s
+        error = await self._outcome(leg, until_s)
         if error is not None:
             raise OSError(EIO, "the target failed while the commit's outcome is unknown") from error
 
@@ -426,9 +430,10 @@ class WriteTracker:
         self._charge(mutation.length)
         return None
 
-    async def _outcome(self, leg: asyncio.Task[OSError | None]) -> OSError | None:
+    async def _outcome(self, leg: asyncio.Task[OSError | None], until_s: float) -> OSError | None:
         if not leg.done():
-            await asyncio.wait((leg,), timeout=self._settings.target_budget_s)
+            left_s = max(0.0, until_s - asyncio.get_running_loop().time())
+            await asyncio.wait((leg,), timeout=left_s)
         if not leg.done():
             return _late(self._settings.target_budget_s)
         if leg.cancelled():
