@@ -298,6 +298,14 @@ class BitmapMachine(RuleBasedStateMachine):
     def clean(self, where: tuple[int, int]) -> None:
         assert self.bitmap.clean(*where) == (not touched(*where) & self.mapped)
 
+    @rule(region_blocks=st.sampled_from([0.5, 1, 2, 4, 64]))
+    def clean_regions(self, region_blocks: float) -> None:
+        region_bytes = int(region_blocks * BLOCK)
+        clean = self.bitmap.clean_regions(region_bytes)
+        assert len(clean) == -(-SIZE // region_bytes)
+        for region, is_clean in enumerate(clean):
+            assert is_clean != self.bitmap.region_dirty(region, region_bytes)
+
     @invariant()
     def agrees(self) -> None:
         self.bitmap.validate()
@@ -327,6 +335,7 @@ def test_a_new_map_is_all_ones_and_not_durable_yet() -> None:
     intent = IntentMap(3 * MIB + 1)
     assert intent.count == intent.marked_count() == 4
     assert list(intent.marked_regions()) == [0, 1, 2, 3]
+    assert intent.marked_bits().to01() == "1111"
     assert intent.ranges() == [(0, 3 * MIB + 1)]
     assert not intent.marked(0, 1)
     content = intent.content()

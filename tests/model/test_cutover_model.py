@@ -21,8 +21,8 @@ from tests.model.cutover_model import (
     State,
     Write,
     begin,
-    explore,
 )
+from tests.model.search import explore
 
 FULL = bool(os.environ.get("MIRRORD_MODEL_FULL"))
 
