@@ -81,6 +81,9 @@ class Backend(ABC):
     name: str = ""  # what a directory as target calls it, empty when it has no name
     capabilities: Capabilities
     identity: Identity
+    # Whether small guest writes may wait for the page cache inline, holding the loop up: right
+    # for the authoritative side, which the guest waits for anyway, never for a job's target.
+    may_block: bool = False
 
     @abstractmethod
     async def read(self, offset: int, length: int) -> Buffer:

@@ -55,8 +55,6 @@ _ZEROES = bytes(MIB)
 class DescriptorBackend(Backend):
     """A disk behind an open descriptor, which belongs to this object."""
 
-    may_block = False  # True: small guest writes may wait for the page cache inline
-
     def __init__(
         self,
         descriptor: int,
