@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -47,10 +48,11 @@ def no_intent_bit(patch: pytest.MonkeyPatch) -> None:
 def no_range_lock(patch: pytest.MonkeyPatch) -> None:
     """R4: copier and mirrored writes run over each other."""
 
-    async def acquire(self: Locks, start: int, stop: int) -> object:
+    async def acquire(self: Locks, *_: object) -> object:
         return object()
 
     patch.setattr(Locks, "acquire", acquire)
+    patch.setattr(Locks, "acquire_within", acquire)
     patch.setattr(Locks, "release", lambda self, ticket: None)
 
 
@@ -134,19 +136,56 @@ def bit_cleared_before_the_targets_flush(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WriteTracker, "checkpoint", checkpoint)
 
 
-def aim(scenario: Scenario, *, mode: str = "auto", power: bool | None = None) -> Scenario:
-    """Make the scenario a small, busy disk without faults, with crashes of one kind."""
+def bit_cleared_before_the_sources_flush(patch: pytest.MonkeyPatch) -> None:
+    """R2: after a power cut the source may lack what the target keeps (was in the engine once)."""
+    honest = WriteTracker.checkpoint
+
+    async def checkpoint(self: WriteTracker) -> None:
+        self._source_unflushed.setall(0)
+        await honest(self)
+
+    patch.setattr(WriteTracker, "checkpoint", checkpoint)
+
+
+def bit_cleared_before_the_scan(patch: pytest.MonkeyPatch) -> None:
+    """R11: what was not scanned yet has no bits, which says nothing (was in the engine once)."""
+    scanned = property(lambda self: True, lambda self, value: None)
+    patch.setattr(WriteTracker, "scanned", scanned, raising=False)
+
+
+def aim(
+    scenario: Scenario, *, mode: str = "auto", power: bool | None = None, linger: bool = False
+) -> Scenario:
+    """Make the scenario a busy disk without faults, with crashes of one kind.
+
+    With `linger` it stays mirrored for long, with checkpoints in quick succession.
+    """
     rng = random.Random(f"aim {scenario.seed}")
     scenario.mode = mode
     scenario.verify = "none"  # verification hides defects: it copies again
-    scenario.cutover = "auto"
+    scenario.cutover = "manual" if linger else "auto"
     scenario.limit = 0
+    if linger:
+        scenario.settings = replace(
+            scenario.settings, checkpoint_s=0.01, sample_s=0.02, hot_checkpoints=0
+        )
     scenario.faults, scenario.commands, scenario.meddling = [], [], ""
     scenario.loads = [Load(requests=60, depth=4, think_s=rng.choice((0, 0.005)), hot=0.7)] * 2
     if power is not None:
         scenario.crashes = [
             CrashPlan(power, rng.randrange(50, 900)) for _ in range(rng.randrange(1, 4))
         ]
+    return scenario
+
+
+def aim_at_scan(scenario: Scenario) -> Scenario:
+    """Checkpoints while the source is scanned, and a power cut soon after."""
+    scenario = aim(scenario, power=True, linger=True)
+    rng = random.Random(f"scan {scenario.seed}")
+    scenario.content = rng.randbytes(scenario.size)
+    scenario.slow["source"] = 4
+    scenario.loads = []
+    scenario.crashes = [CrashPlan(True, rng.randrange(1, 5), "store", "write_map", "after")]
     return scenario
 
 
@@ -162,14 +201,16 @@ def aim_at_commit(scenario: Scenario) -> Scenario:
 
 
 PLANTED: list[tuple[Patch, Callable[[Scenario], Scenario]]] = [
-    (no_intent_bit, lambda s: aim(s, power=True)),
+    (no_intent_bit, lambda s: aim(s, power=True, linger=True)),
     (no_range_lock, lambda s: aim(s, mode="mirror")),
     (no_target_flush_before_commit, lambda s: aim(s, power=True)),
     (dirty_set_only_before_the_write, lambda s: aim(s)),
     (gate_without_drain, lambda s: aim(s, mode="mirror")),
     (source_deleted_before_the_commit, lambda s: aim(s, power=True)),
     (recovery_acts_on_an_unsynced_journal, aim_at_commit),
-    (bit_cleared_before_the_targets_flush, lambda s: aim(s, power=True)),
+    (bit_cleared_before_the_targets_flush, lambda s: aim(s, power=True, linger=True)),
+    (bit_cleared_before_the_sources_flush, lambda s: aim(s, power=True, linger=True)),
+    (bit_cleared_before_the_scan, aim_at_scan),
 ]
 
 
