@@ -23,6 +23,7 @@ from mirrord.control.client import Client
 from mirrord.control.messages import AttachRequest, Job, MoveRequest
 from mirrord.core.units import check_name, parse_rate
 from mirrord.errors import MirrordError, RefusedError, UsageError
+from mirrord.service.places import absolute
 from mirrord.waiting import WaitTimeoutError, follow, has_reached
 
 # The classes by which typer tells wrong usage; it doesn't export them by name.
@@ -376,17 +377,6 @@ def demo(
     raise typer.Exit(demonstration.run(parse_size(size)))
 
 
-def absolute(location: str) -> str:
-    """Return the location as the daemon has to see it: it has a working directory of its own."""
-    if not location:
-        raise UsageError("the location is empty; give a path such as /disks/vm.raw")
-    scheme, colon, _ = location.partition(":")
-    if colon and "/" not in scheme and not os.path.lexists(location):
-        return location  # smb://… and the like; the daemon says what it knows
-    made = os.path.abspath(location)
-    return made + "/" if location.endswith("/") and made != "/" else made
-
-
 def _client(socket: Path | None) -> Client:
     if socket is None:
         from mirrord.service.config import default_socket
@@ -436,9 +426,17 @@ def main() -> int:
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has seen enough; keep the interpreter from complaining again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _unread()
+    except SystemExit as ended:
+        if ended.code == 1:  # how typer ends when it meets the closed pipe first
+            return _unread()
+        raise
+
+
+def _unread() -> int:
+    """Whoever read our output has seen enough; keep the interpreter from complaining later."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _usage(error: Exception) -> str:

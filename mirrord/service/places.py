@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the daemon, which opens no disk, does without
     from mirrord.storage.backend import Place
     from mirrord.storage.fileio import FileIo
 
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE | re.ASCII)
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://|(mem):", re.IGNORECASE | re.ASCII)
 _LATER = {
     "smb": "an SMB share",
     "nbd": "an NBD export",
@@ -25,8 +25,20 @@ _LATER = {
     "nbd+unix": "an NBD export",
     "nbds+unix": "an NBD export",
     "mirrord": "another host",
+    "mem": "a memory disk",  # for tests of the engine; it would not outlive its process
 }
 PATH_BYTES_MAX = 4095  # PATH_MAX without its terminating zero
+
+
+def absolute(location: str) -> str:
+    """Return what a user typed as the daemon has to see it, which has a directory of its own.
+
+    Raises what `check_location` raises.
+    """
+    if location and _SCHEME.match(location) is None:
+        made = os.path.abspath(location)
+        location = made + "/" if location.endswith("/") and made != "/" else made
+    return check_location(location)
 
 
 def check_location(location: str) -> str:
@@ -40,7 +52,7 @@ def check_location(location: str) -> str:
         raise UsageError(f"{location!r} has control characters, which no location may have")
     scheme = _SCHEME.match(location)
     if scheme is not None:
-        kind = _LATER.get(scheme[1].lower())
+        kind = _LATER.get((scheme[1] or scheme[2]).lower())
         if kind is not None:
             raise RefusedError(
                 "not-supported-yet",

@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mirrord.cli import main
 from mirrord.storage import durable
 from tests.daemon import Daemon
 from tests.helpers import require_loop_devices
@@ -114,12 +116,21 @@ def test_a_location_that_is_no_disk(served: Daemon, tmp_path: Path) -> None:
     assert str(empty) in refuse(served, "empty", "attach", "x", empty)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_an_unreadable_location(served: Daemon, tmp_path: Path) -> None:
+    """Root may read everything, but write nothing on a read-only file system."""
     secret = tmp_path / "secret.raw"
-    secret.write_bytes(bytes(4096))
-    secret.chmod(0)
-    assert str(secret) in refuse(served, "unreadable", "attach", "x", secret)
+    if os.geteuid():
+        secret.write_bytes(bytes(4096))
+        secret.chmod(0)
+        assert str(secret) in refuse(served, "unreadable", "attach", "x", secret)
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tmp_path], check=True)
+    try:
+        secret.write_bytes(bytes(4096))
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
+        assert str(secret) in refuse(served, "unreadable", "attach", "x", secret)
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
 def test_a_target_that_exists(served: Daemon) -> None:
@@ -222,8 +233,21 @@ def test_options_that_come_later(served: Daemon) -> None:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_wrong_usage(served: Daemon, words: tuple[str, ...]) -> None:
-    refuse(served, "usage", *words, status=2)
+def test_wrong_usage(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None of these comes as far as a daemon: the socket leads nowhere, and that isn't told."""
+    monkeypatch.setenv("MIRRORD_SOCKET", "/nowhere/control.sock")
+    for extra in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["mirrord", *words, *extra])
+        assert main() == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert told.err.count("\n") == 1
+        if extra:
+            assert json.loads(told.err)["code"] == "usage"
+        else:
+            assert told.err.startswith("mirrord: ")
 
 
 def test_wrong_usage_needs_no_daemon(tmp_path: Path, served: Daemon) -> None:
