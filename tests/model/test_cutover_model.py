@@ -1,8 +1,7 @@
 """The recommended protocol breaks no promise, and the model would see if it did.
 
-The default bounds are for every run of the suite. With MIRRORD_MODEL_FULL set, the bounds of the
-published figures: two writes, a flush and two crashes, or three writes, a flush and one crash
-(minutes, and a gigabyte of memory).
+The default bounds take seconds. With MIRRORD_MODEL_FULL set there are also the long ones, up to
+three writes, a flush and one crash: minutes, and a gigabyte of memory.
 """
 
 from __future__ import annotations
