@@ -18,8 +18,11 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/mirrord demo
 
+# A folder of its own for the tests' disks: what an earlier run left mounted can't disturb this one.
 test: packages lint
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	folder=$$(mktemp -d -t mirrord-tests-XXXXXX) && \
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --basetemp="$$folder" $(PYTEST_ARGS) && \
+	rm -rf "$$folder"
 
 lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .
