@@ -159,7 +159,9 @@ class NbdServer:
 
     def _admit(self, peer: socket.socket) -> None:
         if len(self._connections) >= self.limits.connections_max and self._handshakes:
-            next(iter(self._handshakes)).abort()
+            oldest = next(iter(self._handshakes))
+            self.forget(oldest)  # at once, or the next stranger of a burst would displace it again
+            oldest.abort()
         connection = Connection(self, self._next_id)
         self._next_id += 1
         self._connections[connection] = None

@@ -357,3 +357,63 @@ async def test_bytes_behind_a_goodbye_are_not_looked_at(serve: Serve) -> None:
     client.send(DISC)
     client.writer.write(go() * 1000)
     assert await client.closed() == b""
+
+
+async def test_a_violation_closes_and_what_had_begun_still_ends(serve: Serve) -> None:
+    serving = await serve()
+    client = await serving.enter()
+    serving.door.close_gate("write")
+    client.send(WRITE, 0, data=b"x" * 512)
+    client.writer.write(b"?" * 28)
+    assert await client.closed() == b""
+    serving.door.open_gate()
+    await serving.door.until(ended=1)
+    assert serving.door.data[:512] == b"x" * 512
+    await is_served(serving)
+
+
+async def test_a_burst_of_strangers_is_thinned_out_before_it_is_greeted(serve: Serve) -> None:
+    serving = await serve(connections_max=2)
+    burst = [socket.socket(socket.AF_UNIX) for _ in range(12)]
+    for stranger in burst:
+        stranger.connect(serving.path)  # all of them wait when the server gets its turn
+    await is_served(serving)
+    assert len(serving.server._connections) <= 2
+    for stranger in burst:
+        stranger.close()
+
+
+async def test_a_connection_that_can_not_be_set_up_is_forgotten(serve: Serve) -> None:
+    serving = await serve()
+    server, loop = serving.server, asyncio.get_running_loop()
+
+    class FullLoop:
+        """A loop that can't watch another socket."""
+
+        create_task = staticmethod(loop.create_task)
+
+        async def connect_accepted_socket(self, *_arguments: object) -> None:
+            raise OSError(28, "No space left on device")
+
+    server._loop = FullLoop()  # type: ignore[assignment]
+    ours, theirs = socket.socketpair()
+    server._admit(theirs)
+    await eventually_async(lambda: not server._connections, what="it is forgotten")
+    server._loop = loop
+    assert theirs.fileno() == -1
+    ours.close()
+    await is_served(serving)
+
+
+async def test_a_long_batch_lets_others_have_their_turn(serve: Serve) -> None:
+    """5,000 requests in one go, each answered at once: another client is served in between."""
+    serving = await serve()
+    greedy, guest = await serving.enter(), await serving.enter()
+    greedy.writer.write(wire.pack_request(FLUSH, 7, 0, 0) * 5000)
+    guest.send(READ, 0, 4)
+    assert (await guest.answer(4)).error == 0
+    assert serving.door.started["flush"] < 5000
+    for _ in range(5000):
+        assert await greedy.answer() == Answer(7)
+    for client in (greedy, guest):
+        client.close()
