@@ -123,6 +123,17 @@ class Checker:
             if not self.shaky:
                 self._observe(block, content, tick)
 
+    def end_extents(self, read: Read, zero: list[tuple[int, int]]) -> None:
+        """Check that every block of the ranges (offset, length) could be read as zeroes."""
+        _, first, allowed = self._reads.pop(read[0])
+        for offset, length in zero:
+            for block in range(-(-offset // BLOCK), (offset + length) // BLOCK):
+                values = allowed[block - first] + (self.now[block] if self.shaky else [])
+                if any(any(v.data) is False for v in values):
+                    continue
+                self.world.violate(f"block {block} is said to be zero, allowed {values}")
+                return
+
     def _observe(self, block: int, content: bytes, tick: int) -> None:
         """A read that began at `tick` returned `content`: what had ended before is decided."""
         now = self.now[block]

@@ -8,11 +8,14 @@ import struct
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
+from mirrord.core.geometry import Extent, Status
 from mirrord.frontends.door import carry_on
 from tests.sim.checker import Checker
 from tests.sim.disk import BLOCK
 from tests.sim.loop import close, elapse
 from tests.sim.world import World
+
+DATA = Status.DATA
 
 
 class Door(Protocol):
@@ -33,6 +36,8 @@ class Door(Protocol):
     ) -> None: ...
     async def trim(self, offset: int, length: int, *, fua: bool = False) -> None: ...
     async def flush(self) -> None: ...
+    async def extents(self, offset: int, length: int) -> list[Extent]: ...
+    def dirty_extents(self, offset: int, length: int) -> list[Extent]: ...
 
 
 class Guest:
@@ -98,8 +103,10 @@ class Guest:
             await self._zero(door, offset, length)
         elif what < 0.85:
             await self._flush(door)
-        else:
+        elif what < 0.97:
             await self._read(door, offset, length)
+        else:
+            await self._extents(door, offset, length)
 
     async def _write(self, door: Door, offset: int, length: int, *, fua: bool) -> None:
         number = self.world.tick() << 8
@@ -158,6 +165,24 @@ class Guest:
         else:
             if not self.world.dead:
                 self.checker.end_read(read, bytes(data))
+
+    async def _extents(self, door: Door, offset: int, length: int) -> None:
+        """Ask for both kinds of block status."""
+        read = self.checker.begin_read(offset, length)
+        try:
+            found = await eager(door.extents(offset, length))
+        except OSError as error:
+            self._failed(error, "extents")
+            self.checker.end_read(read, None)
+        else:
+            if self.world.dead:
+                return
+            stop = offset + length
+            zero = [(e.offset, min(e.end, stop) - e.offset) for e in found if e.status is not DATA]
+            self.checker.end_extents(read, zero)
+            dirty = door.dirty_extents(offset, length)
+            if not dirty or dirty[0].offset != offset or dirty[-1].end > stop:
+                self.world.violate(f"dirty extents of {offset}+{length} are {dirty}")
 
     def _failed(self, error: OSError, doing: str) -> None:
         if not self.world.dead:

@@ -35,8 +35,9 @@ from tests.sim.world import REBOOT_S, World
 JOB_ID = "job"
 LIFE_MAX_S = 400.0  # of virtual time; by then the operator has cancelled whatever still runs
 CANCEL_S = 150.0  # a job that hasn't ended by itself by then is cancelled, and the run has failed
+PATIENCE_S = 2.0  # how long the operator leaves a paused or held job alone when nothing is broken
 # What a guest may have to wait: the target's budget, the gate, the slowest disk, and some room.
-LATENCY_MAX_S = 6.0
+LATENCY_MAX_S = 1.5
 
 
 @dataclass(frozen=True)
@@ -328,7 +329,7 @@ class Machine:
             await elapse(max(0.0, began_s + at_s - world.loop.time()))
             self.commands.pop(0)
             await self._command(job, name)
-        await elapse(CALM_S)
+        await elapse(CALM_S if self.scenario.faults else PATIENCE_S)
         while world.loop.time() - began_s < CANCEL_S:
             if job.migration.phase in (Phase.PAUSED, Phase.DEGRADED):
                 await self._command(job, "resume")
@@ -397,6 +398,9 @@ class Machine:
         migration = job.migration
         self.phases.add(migration.phase.value)
         self.world.tell("phase", migration.phase.value, ":", migration.story[-1].reason)
+        status = job.status()
+        if not 0 <= status.bytes_remaining <= self.scenario.size:
+            self.world.violate(f"{status.bytes_remaining} bytes are said to remain")
 
     # What guests complain about
 
