@@ -159,7 +159,7 @@ async def _demo(folder: Path, client: Client, size: int, story: Story) -> int:
     await guest.stop()
     story.tell(f"the guest made {guest.writes - writes_before - writes_meanwhile} more writes")
     client.detach(NAME)
-    wrong = find_differences(target, size, filled, guest.written, lambda _: None)
+    wrong = find_differences(target, size, filled, guest.written)
     gone = not source.exists()
     story.tell("compared every byte of the target with what was written")
     print(_table(job, guest, writes_meanwhile, wrong, gone))

@@ -6,6 +6,7 @@ daemon refuses is raised again as the same class with the same code and words.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 from pathlib import Path
@@ -99,9 +100,11 @@ class Client:
     def _ask(self, method: str, path: str, answer: type[Answer], body: Any = None) -> Answer:
         data = None if body is None else msgspec.json.encode(body)
         try:
-            self._connection.request(
-                method, path, data, {"Content-Type": "application/json"} if data else {}
-            )
+            # A daemon that turns this user away answers without reading the request.
+            with contextlib.suppress(BrokenPipeError):
+                self._connection.request(
+                    method, path, data, {"Content-Type": "application/json"} if data else {}
+                )
             response = self._connection.getresponse()
             content = response.read()
         except (OSError, http.client.HTTPException) as error:

@@ -7,10 +7,11 @@ No behaviour here, and nothing heavy is imported: disk processes use this module
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+Limit = Annotated[int, msgspec.Meta(ge=0)]  # bytes a second; 0 is unlimited
 CacheMode = Literal["writeback", "direct"]
 VerifyMode = Literal["full", "none"]
 CopyMode = Literal["auto", "passes", "mirror"]
@@ -121,7 +122,7 @@ class MoveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target: str
     keep_source: bool = False
     verify: VerifyMode | None = None  # None: what the configuration says
-    limit: int | None = None  # bytes a second; None is unlimited
+    limit: Limit | None = None
     mode: CopyMode = "auto"
     cutover: CutoverMode = "auto"
     force: bool = False  # also when the target has too little room
@@ -131,7 +132,7 @@ class MoveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LimitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """PATCH /v1/jobs/{id}"""
 
-    limit: int | None
+    limit: Limit | None
 
 
 class Problem(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -35,6 +36,7 @@ def run(config: Config) -> int:
     """
     logs.set_up("daemon", config.log_level)
     manager = systemd.Systemd()
+    _take_descriptors()
     directories = Directories(
         Path(config.state_dir or default_state_dir()).absolute(),
         Path(config.runtime_dir or default_runtime_dir()).absolute(),
@@ -112,6 +114,12 @@ def _refuse_taken(address: Path) -> None:
             "daemon-running",
             f"another daemon answers at {address}; stop it, or give this one another --socket",
         )
+
+
+def _take_descriptors() -> None:
+    """Allow as many descriptors as this user may have: a disk takes three of them here."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _serve(

@@ -10,7 +10,6 @@ import asyncio
 import random
 import struct
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from mirrord.frontends.nbd_client import NbdClient
@@ -84,9 +83,7 @@ class Guest:
             await asyncio.sleep(PAUSE_S)
 
 
-def find_differences(
-    path: Path, size: int, filled: int, written: dict[int, int], progress: Callable[[int], None]
-) -> list[int]:
+def find_differences(path: Path, size: int, filled: int, written: dict[int, int]) -> list[int]:
     """Return the blocks of the file that don't hold what was written last."""
     wrong = []
     zeroes = bytes(BLOCK_BYTES)
@@ -99,7 +96,6 @@ def find_differences(
                 expected = content(block, 0) if block * BLOCK_BYTES < filled else zeroes
             if file.read(BLOCK_BYTES) != expected:
                 wrong.append(block)
-            progress(block)
         if file.read(1):
             wrong.append(size // BLOCK_BYTES)
     return wrong

@@ -73,7 +73,7 @@ class JobRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             verify=self.verify,
             mode=self.mode,
             cutover=self.cutover,
-            limit=self.limit,
+            limit=self.limit or None,
             created=self.created,
         )
 
@@ -137,6 +137,8 @@ def prepare(directories: Directories) -> None:
         if not os.access(path, os.W_OK | os.X_OK):
             kind = "state" if directories.state in (path, *path.parents) else "runtime"
             raise _unwritable(kind, path, PermissionError("permission denied"))
+    # Guests' users have to get to their sockets, whatever the umask was; each has its own mode.
+    (directories.runtime / "nbd").chmod(0o755)
     for path in (directories.state, directories.runtime):
         _refuse_strangers(path)
     check_socket_path(directories.channel("x"))
@@ -199,7 +201,10 @@ def take_lock(path: Path) -> int | None:
 def read_record(path: Path, kind: type[Record]) -> Record:
     """Read a record. Raises FileNotFoundError, DamagedError (naming the file)."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        record = msgspec.json.decode(path.read_bytes(), type=kind)
+        if getattr(record, "version", VERSION) != VERSION:
+            raise DamagedError(f"{path} was written by another version of mirrord; use that one")
+        return record
     except FileNotFoundError:
         raise
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -130,8 +130,13 @@ class DiskProcess:
         """Return what the process says about itself now, else what it said last."""
         channel = self._channel
         if channel is not None:
-            with contextlib.suppress(ChannelClosedError, TimeoutError):
+            try:
                 self.status = await channel.call("status", DiskStatus, deadline_s=STATUS_DEADLINE_S)
+                self.reason = None
+            except TimeoutError:
+                self.reason = f"its process has not answered for {STATUS_DEADLINE_S:.0f} s"
+            except ChannelClosedError:
+                pass  # it died this instant: `keep` says so
         return self.status
 
     def end_now(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -93,7 +94,8 @@ class Served:
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.connect(str(self.path))
         try:
-            connection.request(method, path, body)
+            with contextlib.suppress(BrokenPipeError):  # turned away before it was read
+                connection.request(method, path, body)
             response = connection.getresponse()
             assert response.getheader("Content-Type") in (
                 "application/json", "application/json; charset=utf-8",

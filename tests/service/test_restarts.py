@@ -220,3 +220,49 @@ def test_detach_while_it_moves(daemon: Daemon, disk: Path, tmp_path: Path) -> No
     assert daemon.run("cancel", "vm").returncode == 0
     assert daemon.json("detach", "vm")["state"] == "detached"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["vm.raw"]
+
+
+def test_a_disk_process_is_replaced_without_an_error(daemon: Daemon, disk: Path) -> None:
+    """SIGHUP is for upgrades: what wasn't answered is sent again to the next process."""
+    daemon.expect_log("restarting disk process")
+    writer = Writer(daemon.attach("vm", disk), "vm", seed=3)
+    writer.start()
+    writer.wait_acknowledged(20)
+    pid = daemon.disk_pid("vm")
+    os.kill(pid, signal.SIGHUP)
+    eventually(lambda: daemon.find_disk_pid("vm") not in (pid, None), what="another process")
+    writer.wait_acknowledged(20)
+    writer.stop()
+
+
+def test_a_disk_that_hangs_stalls_nobody_else(daemon: Daemon, disk: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.raw"
+    other.write_bytes(bytes(MIB))
+    daemon.attach("vm", disk)
+    daemon.attach("other", other)
+    pid = daemon.disk_pid("vm")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        found = {each["name"]: each for each in daemon.json("ls")}
+        assert found["other"]["state"] == "serving"
+        assert "has not answered" in found["vm"]["reason"]
+        assert daemon.json("detach", "other")["state"] == "detached"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert daemon.json("show", "vm")["reason"] is None
+
+
+def test_a_disk_that_keeps_dying_is_started_ever_slower_and_can_be_detached(
+    daemon: Daemon, disk: Path
+) -> None:
+    daemon.expect_log("restarting disk process", "disk process")
+    daemon.attach("vm", disk)
+    pids = set()
+    for _ in range(3):
+        pids.add(daemon.disk_pid("vm"))
+        daemon.kill_disk("vm")
+    eventually(lambda: "delay_s=0.5" in daemon.log(), what="the third start waits longer")
+    assert "delay_s=0.0" in daemon.log()
+    assert len(pids) == 3
+    assert daemon.run("detach", "vm", "--force").returncode == 0
+    assert daemon.json("ls") == []
