@@ -157,6 +157,12 @@ class DirtyBitmap:
         offset = first << self._shift
         return offset, min(self.size, stop << self._shift) - offset
 
+    def retake(self, offset: int, length: int) -> None:
+        """Take once more what was taken: it was marked since, but nothing was read yet."""
+        first, stop = self._inside(offset, length)
+        self._todo_count -= self._todo.count(1, first, stop)
+        self._todo[first:stop] = 0
+
     def put_back(self, offset: int, length: int) -> None:
         """Say that what was taken was not copied: it must be taken again."""
         self._set(*self._touched(offset, length))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from errno import ESTALE
+from errno import ESTALE, ETIMEDOUT
 from typing import TYPE_CHECKING, Any
 
 from mirrord.core.geometry import Status
 from mirrord.core.migration import Event, Phase
-from mirrord.core.pacing import PASS_MIN_S, pass_pays
+from mirrord.core.pacing import PASS_MIN_S, Rates, pass_pays
 from mirrord.core.units import format_bytes
 from mirrord.engine.copier import NO_SPACE
 from mirrord.engine.cutover import Cutover
@@ -34,6 +34,7 @@ async def copying(job: Job) -> Outcome:
     if job.request.mode == "mirror":
         return Event.MIRROR_CHOSEN, "mirroring from the start, as asked"
     await _walk(job)
+    job.progress.passes = max(1, job.progress.passes)  # the bulk pass of an empty disk counts
     return Event.PASS_ENDED, f"the bulk pass copied {format_bytes(job.copier.copied_bytes)}"
 
 
@@ -111,9 +112,18 @@ async def cutting_over(job: Job) -> Outcome:
     if job.cutover_attempt.pause_s is not None:
         job.pause_s = max(job.pause_s or 0.0, job.cutover_attempt.pause_s)
     if event is Event.GATE_TIMED_OUT:
-        await asyncio.sleep(_backoff_s(job))
+        await _rest(job)
     job.former = job.cutover_attempt.former
     return event, reason
+
+
+async def _rest(job: Job) -> None:
+    """Let the guest write for a while before the next gate: longer each time, and in any case
+    so long that gates take at most a fifth of its time."""
+    job.gates_missed += 1
+    doubled = job.settings.retry_first_s * 2 ** min(job.gates_missed - 1, 16)
+    held_s = (job.cutover_attempt and job.cutover_attempt.pause_s) or 0.0
+    await asyncio.sleep(max(min(doubled, job.settings.retry_max_s), 4 * held_s))
 
 
 async def retiring(job: Job) -> Outcome:
@@ -124,16 +134,10 @@ async def retiring(job: Job) -> Outcome:
 
 async def paused(job: Job) -> Outcome:
     """Wait for the operator, or for space."""
-    job.resumed.clear()
     job.copier.stop()
-    while job.space_wanted:
-        try:
-            async with asyncio.timeout(job.settings.space_probe_s):
-                await job.resumed.wait()
-        except TimeoutError:
-            pass
-        if job.resumed.is_set() or await _works_again(job):
-            job.space_wanted = False
+    while job.space_wanted and not job.pause_wished and not job.resumed.is_set():
+        await _wait(job.resumed, job.settings.space_probe_s)
+        if not job.resumed.is_set() and await _try(job) is None and not job.pause_wished:
             return _back(job, "there is space again")
     await job.resumed.wait()
     return _back(job, "the operator resumed it")
@@ -141,32 +145,33 @@ async def paused(job: Job) -> Outcome:
 
 async def degraded(job: Job) -> Outcome:
     """Try a failing target again, with growing delays."""
-    job.resumed.clear()
     while True:
         job.attempts += 1
-        if job.attempts > job.settings.target_attempts_max:
-            attempts = job.settings.target_attempts_max
-            job.space_wanted = False
-            return Event.PAUSE_REQUESTED, f"{attempts} attempts failed, the last: {job.reason}"
-        try:
-            async with asyncio.timeout(_backoff_s(job)):
-                await job.resumed.wait()
-        except TimeoutError:
-            pass
-        if await _works_again(job):
-            return _back(job, "the target works again")
+        await _wait(job.resumed, _backoff_s(job))
         job.resumed.clear()
+        trouble = await _try(job)
+        if trouble is None:
+            return _back(job, "the target works again")
+        job.reason = str(trouble)
+        if trouble.errno in NO_SPACE:
+            return meaning(trouble)
+        if trouble.errno == ETIMEDOUT:
+            # A target that hangs may come back in an hour: that is no reason to give up.
+            job.attempts = max(0, job.attempts - 1)
+        elif job.attempts >= job.settings.target_attempts_max:
+            return Event.PAUSE_REQUESTED, f"{job.attempts} attempts failed, the last: {trouble}"
 
 
 async def _walk(job: Job) -> None:
-    """Make a pass; returns only when it came to its end."""
+    """Make a pass; returns only when it came to its end. One that found nothing isn't counted."""
+    copied_before = job.copier.copied_bytes
     while not await job.copier.walk():
         if job.cutover_wanted.is_set() and job.migration.phase is Phase.CATCHING_UP:
             return
         # A worker reported trouble, which interrupts this activity; or `stop` raced with it.
         await asyncio.sleep(0)
     job.attempts = 0
-    job.progress.passes += 1
+    job.progress.passes += job.copier.copied_bytes > copied_before
     job.sample()
 
 
@@ -195,28 +200,35 @@ async def _scan(job: Job) -> None:
     job.progress.save()
 
 
-async def _works_again(job: Job) -> bool:
-    """Try the target with one piece and a flush."""
+async def _try(job: Job) -> TargetError | None:
+    """Try the target with one piece and a flush; return what is wrong with it still."""
     assert job.tracker is not None
+    limit_s = job.settings.target_stall_s
     try:
-        async with asyncio.timeout(job.settings.target_stall_s):
+        async with asyncio.timeout(limit_s):
             await job.copier.drained()
             await job.copier.try_one()
             await job.tracker.flush_target()
     except TimeoutError:
-        # A target that hangs may come back in an hour: that is no reason to give up.
-        job.attempts = max(0, job.attempts - 1)
-        job.reason = "the target does not answer"
-        return False
+        error = OSError(ETIMEDOUT, f"no answer for {limit_s:g} s")
+        return TargetError(error, "the target does not answer")
     except TargetError as error:
-        job.reason = str(error)
-        job.space_wanted = error.errno in NO_SPACE
-        return False
-    return True
+        return error
+    return None
+
+
+async def _wait(event: asyncio.Event, limit_s: float) -> None:
+    """Wait for the event, but not longer than `limit_s`."""
+    try:
+        async with asyncio.timeout(limit_s):
+            await event.wait()
+    except TimeoutError:
+        return
 
 
 def _back(job: Job, reason: str) -> Outcome:
     """Return the event that leads out of a pause."""
+    job.rates = Rates()  # what was measured before a pause says nothing about after it
     in_bulk = job.progress.passes == 0
     return (Event.RESUMED_IN_BULK if in_bulk else Event.RESUMED), reason
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from errno import EDQUOT, EFBIG, ENOSPC
-from typing import Any
+from typing import Any, TypeVar
 
 from xxhash import xxh3_64
 
@@ -27,6 +27,7 @@ from mirrord.engine.tracking import WriteTracker
 from mirrord.errors import SideError, SourceError, TargetError
 from mirrord.storage.backend import Buffer
 
+T = TypeVar("T")
 NO_SPACE = frozenset({ENOSPC, EDQUOT, EFBIG})
 
 
@@ -63,8 +64,14 @@ class Copier:
         self._workers: dict[asyncio.Task[None], int] = {}
         self._asked_s: dict[int, float] = {}
         self._questions = 0
+        self._waiting_bytes = 0
         self._stopped = True
         self._changed = asyncio.Event()  # a worker ended, the limit changed, or stop
+
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes that left the bitmap's `todo`: in flight, or waiting for their place."""
+        return self.in_flight_bytes + self._waiting_bytes
 
     @property
     def in_flight_bytes(self) -> int:
@@ -120,13 +127,15 @@ class Copier:
                 break
             offset, length = self._cut(*piece)
             cursor = offset + length
+            self._waiting_bytes = length
+            admitted = False
             try:
                 admitted = await self._admit(length)
-            except asyncio.CancelledError:
-                bitmap.put_back(offset, length)
-                raise
+            finally:
+                self._waiting_bytes = 0
+                if not admitted:
+                    bitmap.put_back(offset, length)
             if not admitted:
-                bitmap.put_back(offset, length)
                 break
             self._start(offset, length)
         await self.drained()
@@ -183,6 +192,9 @@ class Copier:
         ticket = None
         try:
             ticket = await tracker.locks.acquire(*self._locked(offset, length))
+            # Mirrored writes that came before us in the queue marked the range again; what they
+            # wrote is read below. Without this a block that is never idle would never be clean.
+            bitmap.retake(offset, length)
             generation = tracker.generation
             started_s = self._clock()
             digest = await self._copy(offset, length)
@@ -248,8 +260,10 @@ class Copier:
                 await self._write_zeroes(extent.offset, extent.length)
                 continue
             try:
-                done = await self._tracker.target.copy_from(
-                    self._tracker.source, extent.offset, extent.length
+                done = await self._asked(
+                    self._tracker.target.copy_from(
+                        self._tracker.source, extent.offset, extent.length
+                    )
                 )
             except OSError as error:
                 # Which side failed can't be told from here: reading the source will tell.
@@ -312,12 +326,12 @@ class Copier:
         except OSError as error:
             raise TargetError(error, "zeroing of the target failed", offset) from error
 
-    async def _asked(self, request: Coroutine[Any, Any, None]) -> None:
+    async def _asked(self, request: Coroutine[Any, Any, T]) -> T:
         """Await a request to the target, and have it known meanwhile since when."""
         self._questions += 1
         question = self._questions
         self._asked_s[question] = asyncio.get_running_loop().time()
         try:
-            await request
+            return await request
         finally:
             del self._asked_s[question]

@@ -12,9 +12,10 @@ Crash points: before COMMIT is durable the source is the truth and both sides ar
 bitmap knows better (rows C7, C8, C9); after it the target is (C10). From the append of COMMIT to
 the pivot no guest write is admitted, so no target-only write exists before COMMIT is durable (R7).
 
-When the outcome of the append is unknown (R15) the gate opens in strict mirroring: each write
-reaches both sides or fails, a flush makes both durable, and so either record on storage is true.
-Only a durable ABORT ends that; the target-only gate is never opened.
+When the append takes longer than the gate may be closed, or fails so that its outcome is unknown
+(R15), the gate opens in strict mirroring: each write reaches both sides or fails, a flush makes
+both durable, and so either record on storage is true. Only a record that is known to be durable
+ends that: the late COMMIT, or an ABORT. Until then the target-only gate is not opened.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from mirrord.core.journal import Kind, Payload
+from mirrord.core.journal import Kind, Payload, State
 from mirrord.core.migration import Event
 from mirrord.engine.disk import Disk
 from mirrord.engine.ledger import Ledger
@@ -32,6 +33,10 @@ from mirrord.errors import TargetError
 from mirrord.storage.backend import Backend, Place
 
 Outcome = tuple[Event, str]
+
+# Flushes before the gate, each with less to do than the one before; a target that is still slow
+# after so many is tried behind the gate all the same, which then may time out.
+FLUSHES_MAX = 3
 
 
 class Cutover:
@@ -74,7 +79,6 @@ class Cutover:
             return refused
         self._disk.close_gate()
         closed_s = self._clock()
-        unknown: OSError | None = None
         try:
             missed = await self._quiesce()
             if missed is None and wants_to_leave():
@@ -82,23 +86,49 @@ class Cutover:
             if missed is not None:
                 return Event.GATE_TIMED_OUT, missed
             self.committing = True  # no await since the last check
-            try:
-                await self._ledger.append(Kind.COMMIT, payload)
-            except OSError as error:
-                unknown = error
-            else:
+            commit = asyncio.ensure_future(self._ledger.append(Kind.COMMIT, payload))
+            left_s = max(0.0, self._settings.gate_s - (self._clock() - closed_s))
+            await asyncio.wait((commit,), timeout=left_s)
+            if commit.done() and commit.exception() is None:
                 self.former = self._disk.pivot(self._tracker.target)
         finally:
             self._tracker.strict = self.committing and self.former is None
             self.pause_s = self._clock() - closed_s
             self._disk.open_gate()
-        if unknown is not None:
-            return await self._abort_durably(unknown)
-        return Event.COMMITTED, f"the guest waited at most {self.pause_s * 1000:.1f} ms"
+        if self.former is None:
+            return await self._decide_late(commit)
+        return self._committed()
+
+    def _committed(self) -> Outcome:
+        pause_ms = (self.pause_s or 0.0) * 1000
+        return Event.COMMITTED, f"the guest waited at most {pause_ms:.1f} ms"
+
+    async def _decide_late(self, commit: asyncio.Future[None]) -> Outcome:
+        """Go on with the gate open, both sides equal, until the record's outcome is known."""
+        try:
+            await commit
+        except OSError as error:
+            return await self._abort_durably(error)
+        # Durable at last. What was written meanwhile is on both sides or failed, what was flushed
+        # is durable on both; so the target needs no flush, only the writes in flight their end.
+        self._disk.close_gate()
+        closed_s = self._clock()
+        try:
+            await self._disk.settle()
+            self.former = self._disk.pivot(self._tracker.target)
+        finally:
+            self._tracker.strict = False
+            self.pause_s = max(self.pause_s or 0.0, self._clock() - closed_s)
+            self._disk.open_gate()
+        return self._committed()
 
     async def _prepare(self) -> Outcome | None:
         """Do everything that can fail or wait, so that the gate is closed for almost nothing."""
-        await self._tracker.flush_target()
+        for _ in range(FLUSHES_MAX):
+            began_s = self._clock()
+            await self._tracker.flush_target()
+            if self._clock() - began_s < self._settings.gate_s / 2:
+                break  # the flush behind the gate will have less to do
         try:
             await self._place.publish(self._job_id)
         except FileNotFoundError:
@@ -128,7 +158,8 @@ class Cutover:
         reason = f"the commit record could not be made durable ({error})"
         while True:
             try:
-                await self._ledger.append(Kind.ABORT, {"reason": reason, "unknown_commit": True})
+                if self._ledger.outcome.state is State.PREPARED:
+                    await self._ledger.append(Kind.ABORT, {"reason": reason})
             except OSError:
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, self._settings.retry_max_s)

@@ -25,6 +25,10 @@ from mirrord.engine.mutation import Mutation, Trim, Write, Zeroes
 from mirrord.storage.backend import Backend, Buffer
 
 
+class OtherSideError(OSError):
+    """A request failed, though the authoritative side is well: no reason to doubt its flushes."""
+
+
 class Tracker(Protocol):
     """What a job adds to a guest's requests while it runs."""
 
@@ -51,7 +55,8 @@ class _Generation:
 class Disk:
     """A virtual disk: one authoritative backend behind one door.
 
-    Requests are validated by the frontend; they raise `OSError` with the errno for the guest.
+    Requests are validated by the frontend, which never cancels one: what has begun ends.
+    They raise `OSError` with the errno for the guest.
     `size` is the guest's: it stays when the disk moves to a larger device.
     A failed flush is remembered: until the disk is opened anew every later flush and FUA write
     fails with EIO, because a retried flush proves nothing (rule R9).
@@ -64,6 +69,7 @@ class Disk:
         self.size = backend.size if size is None else size
         self.read_only = read_only
         self.backend = backend
+        backend.may_block = True  # this process has no other disk to keep waiting
         self.flush_failed = False
         self._tracker: Tracker | None = None
         self._gate: asyncio.Event | None = None
@@ -98,6 +104,8 @@ class Disk:
                 await backend.flush()
             else:
                 await tracker.flush()
+        except OtherSideError:
+            raise
         except OSError:
             if backend is self.backend:
                 self.flush_failed = True
@@ -158,6 +166,8 @@ class Disk:
         """Make `backend` the authoritative side, stop following, and return the former one."""
         assert self._gate is not None, "a pivot needs a closed gate"
         former, self.backend = self.backend, backend
+        backend.may_block = True
+        self.flush_failed = False  # that was the other side, and it is not asked any more
         self._tracker = None
         return former
 
@@ -188,6 +198,8 @@ class Disk:
                 await mutation.apply(backend)
             else:
                 await self._tracker.mutate(mutation)
+        except OtherSideError:
+            raise
         except OSError as error:
             if backend is self.backend and error.errno != errno.ENOTSUP:
                 self.flush_failed = True

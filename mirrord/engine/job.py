@@ -35,7 +35,7 @@ from mirrord.core.migration import (
 from mirrord.core.pacing import Rates, TokenBucket, Window, eta
 from mirrord.core.units import format_bytes
 from mirrord.engine.activities import ACTIVITIES, Outcome, meaning
-from mirrord.engine.copier import NO_SPACE, Copier
+from mirrord.engine.copier import Copier
 from mirrord.engine.cutover import Cutover
 from mirrord.engine.digests import Digests
 from mirrord.engine.disk import Disk
@@ -112,13 +112,16 @@ class Job:
         self._store = store
         self.ledger = ledger
         self.around = around
-        self.settings = around.settings
+        chunk_bytes = max(around.settings.chunk_bytes, bitmap.granularity)
+        self.settings = replace(around.settings, chunk_bytes=chunk_bytes)
         self.bitmap = bitmap
         self._intents = intents
         self.progress = progress
         self._was_scanned = progress.scanned
         self._helpers: list[asyncio.Task[None]] = []
         self._ending = asyncio.Lock()
+        self._steering = asyncio.Lock()
+        self._operator_settings = dict(ledger.outcome.settings)
         self.interrupt = Interrupt()
         self.resumed = asyncio.Event()
         self.cutover_wanted = asyncio.Event()
@@ -133,6 +136,7 @@ class Job:
         self.former: Backend | None = None
         self.reason = ""
         self.attempts = 0
+        self.gates_missed = 0
         self.space_wanted = False
         self.mismatched = False
         self.verified = False
@@ -153,6 +157,7 @@ class Job:
         copier = self.copier if self.tracker is not None else None
         remaining = self._remaining(copier) if phase is not Phase.RETIRING else 0
         dirty_rate = 0.0 if phase in MIRRORED else self.rates.dirty
+        known = self.progress.scanned
         moving = phase in (Phase.COPYING, Phase.CATCHING_UP, Phase.MIRRORING)
         return JobStatus(
             job_id=self.request.job_id,
@@ -165,7 +170,7 @@ class Job:
             bytes_remaining=remaining,
             copy_rate=self.rates.copy if copier else None,
             dirty_rate=self.rates.dirty if copier else None,
-            eta_s=eta(remaining, self.rates.copy, dirty_rate) if moving else None,
+            eta_s=eta(remaining, self.rates.copy, dirty_rate) if moving and known else None,
             passes=self.progress.passes,
             pause_ms=None if self.pause_s is None else self.pause_s * 1000,
             verified=self.verified,
@@ -180,15 +185,15 @@ class Job:
 
     def _remaining(self, copier: Copier | None) -> int:
         """Bytes to copy and being copied; a mirrored write in flight is neither."""
-        return self.bitmap.todo() + copier.in_flight_bytes if copier else self.bitmap.remaining()
+        differ = self.bitmap.remaining()
+        return min(differ, self.bitmap.todo() + copier.taken_bytes) if copier else differ
 
     async def pause(self) -> None:
         """Stop copying until `resume`; the pause is durable. Refused past the commit point."""
-        if self.migration.phase is Phase.PAUSED and not self.space_wanted:
+        if self.migration.phase is Phase.PAUSED and self.pause_wished:
             raise self._refusal("pause", "it is paused already")
         self._refuse_unless_reversible("pause")
         await self._set(paused=True)
-        self.space_wanted = False
         self.interrupt.request(Event.PAUSE_REQUESTED, "the operator paused it")
 
     async def resume(self) -> None:
@@ -198,6 +203,11 @@ class Job:
         await self._set(paused=False)
         self.attempts = 0
         self.resumed.set()
+
+    @property
+    def pause_wished(self) -> bool:
+        """Whether the operator wants the job paused, by what is durable."""
+        return bool(self._operator_settings.get("paused"))
 
     async def cancel(self) -> None:
         """End the move; the source stays. Refused past the commit point."""
@@ -272,31 +282,33 @@ class Job:
         first = self._first_event()
         self._enter(*first)
         if self.tracker is not None:
-            await self.disk.settle()
-            await self._flush_source()
-            loops = [*self.housekeeping.loops(), self._sampling()]
+            loops = [*self.housekeeping.loops(), self._sampling(), self._flush_source(self.tracker)]
             self._helpers = [self._tasks.create_task(loop) for loop in loops]
-        if self.ledger.outcome.settings.get("paused") and self.tracker is not None:
+        if self.pause_wished and self.tracker is not None:
             self.interrupt.request(Event.PAUSE_REQUESTED, "it was paused before the restart")
         while (phase := self.migration.phase) not in TERMINAL:
             event, reason = await self._perform(phase)
             after = MOVES[phase].get(event)
             if after in (Phase.CANCELLED, Phase.FAILED):
+                self.sample()
                 await self._abort(event, reason, after)
             elif after is Phase.DONE:
                 self._ended = await self._conclude(event, reason, after)
             self._enter(event, reason)
         await self._store.close()
 
-    async def _flush_source(self) -> None:
+    async def _flush_source(self, tracker: WriteTracker) -> None:
         """Make durable what was written before; `WriteTracker.checkpoint` says why.
 
         A failure is the door's to remember, and the tracker's to report: the job fails by it.
         """
+        await self.disk.settle()
         try:
             await asyncio.shield(asyncio.ensure_future(self.disk.flush()))
         except OSError as error:
             self._trouble(SourceError(error, "flush of the source failed"))
+        else:
+            tracker.source_flushed = True
 
     def _first_event(self) -> Outcome:
         outcome = self.ledger.outcome
@@ -312,6 +324,9 @@ class Job:
     def _enter(self, event: Event, reason: str) -> None:
         phase = self.migration.handle(event, reason, self.around.wall())
         self.reason = reason
+        if phase in (Phase.PAUSED, Phase.DEGRADED):
+            self.resumed.clear()
+            self.space_wanted = event is Event.SPACE_EXHAUSTED
         if self.tracker is not None and phase not in MIRRORED and phase is not Phase.RETIRING:
             self.tracker.stop_mirroring()
         if self.tracker is not None:
@@ -378,10 +393,8 @@ class Job:
     # Trouble, and the end
 
     def _trouble(self, error: SideError) -> None:
-        if self.migration.phase not in (Phase.PAUSED, Phase.DEGRADED):
-            self.interrupt.request(*meaning(error))
-            self.space_wanted = isinstance(error, TargetError) and error.errno in NO_SPACE
-        elif isinstance(error, SourceError):
+        waiting = self.migration.phase in (Phase.PAUSED, Phase.DEGRADED)
+        if isinstance(error, SourceError) or not waiting:
             self.interrupt.request(*meaning(error))
 
     def _charge(self, length: int) -> None:
@@ -408,7 +421,6 @@ class Job:
                 delay_s = min(2 * delay_s, self.settings.retry_max_s)
         assert self.tracker is not None
         self._stop_helpers()
-        self.sample()
         self.disk.follow(None)
         self.tracker.stop_mirroring()
         self.copier.abandon()
@@ -443,15 +455,27 @@ class Job:
         return ended
 
     async def _set(self, **settings: object) -> None:
-        """Make an operator's setting durable, and remember it."""
-        merged = {**self.ledger.outcome.settings, **settings}
+        """Make an operator's setting durable, and remember it.
+
+        After some 190 changes the journal has no more room: from then on they count, but a
+        restart forgets them. Refusing would leave a paused job that nobody can resume.
+        """
+        async with self._steering:
+            merged = {**self._operator_settings, **settings}
+            if merged != self._operator_settings:
+                await self._record_settings(merged)
+            self._operator_settings = merged
+            self.request = self.request.changed(merged)
+
+    async def _record_settings(self, merged: dict[str, object]) -> None:
         try:
             await self.ledger.append(Kind.SET, merged)
         except DamagedError as error:  # the job's end is in the journal, but not yet in the phase
             raise self._refusal("steer", "it is just ending") from error
+        except RefusedError as error:
+            _log.warning("set job=%s durable=no error=%s", self.request.job_id, error)
         except OSError as error:
             raise RefusedError("state-error", f"the journal can't be written: {error}") from error
-        self.request = self.request.changed(merged)
 
     def _refuse_unless_reversible(self, verb: str) -> None:
         if self._committing or not self.migration.allows(Event.CANCEL_REQUESTED):

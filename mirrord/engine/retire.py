@@ -47,9 +47,7 @@ class Retirement:
         already, and DONE has to become durable before the job's files may be forgotten.
         """
         await self._insist(lambda: self._moved(self._target_place.location), "the registry")
-        if former is not None:
-            await former.close()
-        self.kept = await self._retire(source, target)
+        self.kept = await self._close(former) or await self._retire(source, target)
         if self.kept is None:
             return f"deleted the source {self._request.source}"
         return f"kept the source {self._request.source}: {self.kept}"
@@ -57,6 +55,15 @@ class Retirement:
     async def record(self, kind: Kind, payload: Payload) -> None:
         """Append a record, however long it takes."""
         await self._insist(lambda: self._ledger.append(kind, payload), "the journal")
+
+    async def _close(self, former: Backend | None) -> str | None:
+        """Close the source; storage may tell of late errors only now (close(2) on NFS)."""
+        try:
+            if former is not None:
+                await former.close()
+        except OSError as error:
+            return f"closing it failed ({error})"
+        return None
 
     async def _retire(self, source: Identity, target: Identity) -> str | None:
         if self._request.keep_source:

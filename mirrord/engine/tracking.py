@@ -34,11 +34,14 @@ from bitarray import bitarray
 
 from mirrord.core.bitmap import DirtyBitmap
 from mirrord.core.geometry import Extent, Status, round_down, round_up
-from mirrord.core.ranges import RangeLocks, Ticket
+from mirrord.core.ranges import Ticket
 from mirrord.engine.digests import Digests
+from mirrord.engine.disk import OtherSideError
 from mirrord.engine.intents import Intents
+from mirrord.engine.locks import Locks
 from mirrord.engine.mutation import Mutation
 from mirrord.engine.settings import EngineSettings
+from mirrord.engine.unflushed import Unflushed
 from mirrord.errors import SideError, SourceError, TargetError
 from mirrord.storage.backend import Backend
 
@@ -52,60 +55,6 @@ class Mirror:
 
     def __init__(self) -> None:
         self.settled = False  # every write that began unmirrored has ended
-
-
-class Locks:
-    """Range locks to wait on: `RangeLocks` with a future for each ticket that must wait."""
-
-    def __init__(self) -> None:
-        self._ranges = RangeLocks()
-        self._waiting: dict[Ticket, asyncio.Future[None]] = {}
-
-    async def acquire(self, start: int, stop: int) -> Ticket:
-        """Return a granted ticket for [start, stop), in the order of the calls."""
-        ticket = self._ranges.acquire(start, stop)
-        if not ticket.granted:
-            await self._wait(ticket)
-        return ticket
-
-    async def acquire_within(self, start: int, stop: int, limit_s: float) -> Ticket | None:
-        """Do the same, but give up after `limit_s`: None."""
-        ticket = self._ranges.acquire(start, stop)
-        if not ticket.granted:
-            loop = asyncio.get_running_loop()
-            timer = loop.call_later(limit_s, self._give_up, ticket)
-            try:
-                await self._wait(ticket)
-            except TimeoutError:
-                return None
-            finally:
-                timer.cancel()
-        return ticket
-
-    async def _wait(self, ticket: Ticket) -> None:
-        waiting = asyncio.get_running_loop().create_future()
-        self._waiting[ticket] = waiting
-        try:
-            await waiting
-        except BaseException:
-            self._waiting.pop(ticket, None)
-            self._wake(self._ranges.cancel(ticket))
-            raise
-
-    def _give_up(self, ticket: Ticket) -> None:
-        waiting = self._waiting.get(ticket)
-        if waiting is not None and not waiting.done():
-            waiting.set_exception(TimeoutError())
-
-    def release(self, ticket: Ticket) -> None:
-        """Give the range to whoever waits for it."""
-        self._wake(self._ranges.release(ticket))
-
-    def _wake(self, tickets: list[Ticket]) -> None:
-        for granted in tickets:
-            waiting = self._waiting.pop(granted, None)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(None)
 
 
 class WriteTracker:
@@ -138,6 +87,7 @@ class WriteTracker:
         self._strict_flush_failed = False
         self.strict = False  # the commit's outcome is unknown: both sides or neither (R15)
         self.scanned = False  # the bitmap has everything that was data when the job began
+        self.source_flushed = False  # once since the job, or this process, began
         self.abandoned = False  # the job gave up: writes go to the source alone
         self.mirrored_bytes = 0
         self.generation = 0  # grows when the target may have forgotten what it had confirmed
@@ -147,14 +97,14 @@ class WriteTracker:
         self._charge = charge
         self._mirror: Mirror | None = None
         self._flushing = asyncio.Lock()
+        self._queued_flush: asyncio.Task[None] | None = None
         # Legs and flushes that began: whoever is cancelled and whatever ends the job, they go on.
         self._owned: set[asyncio.Task[Any]] = set()
         self._in_flight: dict[int, tuple[int, int]] = {}
         self._next_token = 0
-        # A bit a region: written at the target since its last good flush. A process before this
-        # one may have written wherever a mark stands.
-        self._unflushed = intents.map.marked_bits()
-        self._source_unflushed = self._none()  # the same of the source, by the guest's flushes
+        # A process before this one may have written to the target wherever a mark stands.
+        self._target_unflushed = Unflushed(intents.map.count, intents.map.marked_bits())
+        self._source_unflushed = Unflushed(intents.map.count)
         self._hot = deque([self._none()], maxlen=settings.hot_checkpoints + 1)
 
     # The guest's side
@@ -172,17 +122,20 @@ class WriteTracker:
             else:
                 await self._mirrored(mutation, mirror)
         finally:
-            self._source_unflushed[regions] = 1
+            self._source_unflushed.wrote(regions)
 
     async def flush(self) -> None:
         """Make the source durable (R10); both sides while the commit's outcome is unknown."""
-        covered, self._source_unflushed = self._source_unflushed, self._none()
+        flush = self._source_unflushed.begin()
+        good = False
         try:
             await self.source.flush()
+            good = True
         except OSError as error:
-            self._source_unflushed |= covered
             self._report(SourceError(error, "flush of the source failed"))
             raise
+        finally:
+            self._source_unflushed.end(flush, good=good)
         if self.strict:
             await self._flush_strictly()
 
@@ -221,11 +174,11 @@ class WriteTracker:
     @property
     def unflushed_bytes(self) -> int:
         """About how much a flush of the target would have to do: whole regions."""
-        return self._unflushed.count() * self._settings.region_bytes
+        return self._target_unflushed.bits.count() * self._settings.region_bytes
 
     def target_wrote(self, offset: int, length: int) -> None:
         """Remember that a write to the target ended, and isn't durable yet."""
-        self._unflushed[self.regions(offset, length)] = 1
+        self._target_unflushed.wrote(self.regions(offset, length))
 
     async def flush_target(self) -> None:
         """Make what was written to the target durable.
@@ -233,21 +186,28 @@ class WriteTracker:
         A failed flush makes everything written since the last good one dirty again, ends
         mirroring (R9), is reported, and raised as TargetError. One flush at a time: the kernel
         tells of an error once, and it must not be taken for the success of another. So a flush
-        that began ends here, with all of this, also when whoever wanted it is cancelled.
+        that began ends here, with all of this, also when whoever wanted it is cancelled. One
+        that has not begun yet serves everybody who asks meanwhile.
         """
-        await asyncio.shield(self._own(self._flush_once()))
+        if self._queued_flush is None:
+            self._queued_flush = self._own(self._flush_once())
+        await asyncio.shield(self._queued_flush)
 
     async def _flush_once(self) -> None:
         async with self._flushing:
-            covered, self._unflushed = self._unflushed, self._none()
+            self._queued_flush = None
+            flush = self._target_unflushed.begin()
+            good = False
             try:
                 await self.target.flush()
+                good = True
             except OSError as error:
-                self._unflushed |= covered
                 self.distrust_target()
                 trouble = TargetError(error, "flush of the target failed")
                 self._report(trouble)
                 raise trouble from error
+            finally:
+                self._target_unflushed.end(flush, good=good)
 
     async def checkpoint(self) -> None:
         """Flush the target, then clear the marks of regions that were equal before the flush.
@@ -262,7 +222,7 @@ class WriteTracker:
         equal = self._clearable()
         await self.flush_target()
         # no await below until the regions are cleared in memory
-        equal &= self._clearable() & ~self._unflushed & ~self._source_unflushed
+        equal &= self._clearable() & ~self._target_unflushed.bits & ~self._source_unflushed.bits
         for hot in self._hot:
             equal &= ~hot
         self._hot.appendleft(self._none())
@@ -270,7 +230,7 @@ class WriteTracker:
 
     def _clearable(self) -> bitarray:
         """Return the marked regions in which both sides are equal now, by the bitmap."""
-        if not self.scanned:
+        if not (self.scanned and self.source_flushed):
             return self._none()
         clean = self.bitmap.clean_regions(self._settings.region_bytes)
         return clean & self.intents.map.marked_bits()
@@ -290,10 +250,10 @@ class WriteTracker:
         self.stop_mirroring()
         self.generation += 1
         unit = self._settings.region_bytes
-        for region in self._unflushed.search(1):
+        for region in self._target_unflushed.bits.search(1):
             start = region * unit
             self.bitmap.mark(start, min(unit, self.bitmap.size - start))
-        self._unflushed = self._none()
+        self._target_unflushed.clear()
 
     # Inside
 
@@ -318,7 +278,10 @@ class WriteTracker:
         try:
             await self.intents.ensure(offset, length)
         except OSError as error:
-            await self._give_up(error)
+            try:
+                await self._give_up(error)
+            except OSError as also:
+                raise OtherSideError(EIO, "the state directory can't be written") from also
 
     async def _mirrored(self, mutation: Mutation, mirror: Mirror) -> None:
         unit = self.bitmap.granularity
@@ -358,10 +321,7 @@ class WriteTracker:
             else:
                 self.bitmap.mark(start, length)
         finally:
-            if leg is None or leg.done():
-                self.locks.release(ticket)
-            else:
-                leg.add_done_callback(lambda _: self.locks.release(ticket))
+            self._unlock(ticket, leg)
 
     async def _both(
         self, mutation: Mutation, leg: asyncio.Task[OSError | None], until_s: float
@@ -388,23 +348,41 @@ class WriteTracker:
         start = round_down(mutation.offset, unit)
         length = round_up(mutation.offset + mutation.length, unit) - start
         ticket = await self.locks.acquire(start, start + length)
-        self.bitmap.mark(start, length)
-        leg = self._own(self._leg(mutation, strict=True))
-        leg.add_done_callback(lambda _: self.locks.release(ticket))
-        await mutation.apply(self.source)
-        until_s = asyncio.get_running_loop().time() + self._settings.target_budget_s
-        error = await self._outcome(leg, until_s)
+        leg: asyncio.Task[OSError | None] | None = None
+        try:
+            self.bitmap.mark(start, length)
+            await self._intend_strictly(mutation)
+            leg = self._own(self._leg(mutation, strict=True))
+            await mutation.apply(self.source)
+            until_s = asyncio.get_running_loop().time() + self._settings.target_budget_s
+            error = await self._outcome(leg, until_s)
+        finally:
+            self._unlock(ticket, leg)
         if error is not None:
-            raise OSError(EIO, "the target failed while the commit's outcome is unknown") from error
+            raise OtherSideError(EIO, "the target failed, and the commit is unknown") from error
+
+    async def _intend_strictly(self, mutation: Mutation) -> None:
+        try:
+            if not self.intents.marked(mutation.offset, mutation.length):
+                await self.intents.ensure(mutation.offset, mutation.length)
+        except OSError as error:
+            raise OtherSideError(EIO, "the intent map can't be written") from error
+
+    def _unlock(self, ticket: Ticket, leg: asyncio.Task[OSError | None] | None) -> None:
+        """Give the range back, but not before the target's leg has ended (R4)."""
+        if leg is None or leg.done():
+            self.locks.release(ticket)
+        else:
+            leg.add_done_callback(lambda _: self.locks.release(ticket))
 
     async def _flush_strictly(self) -> None:
         if self._strict_flush_failed:
-            raise OSError(EIO, "an earlier flush of the target failed")
+            raise OtherSideError(EIO, "an earlier flush of the target failed")
         try:
             await self.target.flush()
-        except OSError:
+        except OSError as error:
             self._strict_flush_failed = True
-            raise
+            raise OtherSideError(EIO, "the flush of the target failed") from error
 
     def _own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
