@@ -206,7 +206,10 @@ def _answer(value: Any, status: int = 200) -> web.Response:
 
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn what was raised into an answer that a program can read."""
+    """Turn what was raised into an answer that a program can read; log who changes what."""
+    if request.method != "GET" and request.transport is not None:
+        _, uid, _ = peer(request.transport.get_extra_info("socket"))
+        log.info("asked uid=%d method=%s path=%s", uid, request.method, request.path)
     try:
         return await handler(request)
     except web.HTTPNotFound:

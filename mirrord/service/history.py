@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -121,11 +122,18 @@ def concerns(directories: Directories, job_id: str, disk: str) -> bool:
 
 
 def write_ended(directories: Directories, job: Job) -> None:
-    """Remember how a job ended, and drop the maps. Durable on return."""
+    """Remember how a job ended, drop the maps, and give back what the journal had reserved.
+
+    The record is durable on return and counts from then on, so the rest may be left undone.
+    """
     directory = directories.job(job.id)
     write_record(directory / "ended.json", job)
     for name in ("dirty", "map"):
         (directory / name).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # it ended before it began
+        log = directory / "log"
+        os.truncate(log, journal.parse(log.read_bytes()).end)
+        os.truncate(log, journal.CAPACITY_BYTES)  # the same bytes, the zeroes as a hole
 
 
 def drop_oldest(directories: Directories, ended: list[Job]) -> list[str]:

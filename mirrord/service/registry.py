@@ -92,12 +92,30 @@ class Registry:
             if record.name != name:
                 raise DamagedError(f"{path} is damaged: it names disk {record.name}")
         except FileNotFoundError:
-            return  # an attach that another daemon began is being undone by its process
+            self._load_attach(name)
+            return
         except DamagedError as error:
             log.error("disk damaged %s", fields(disk=name, reason=error))
             self._disks[name] = _Attached(None, None, str(error))
             return
         self._keep(name, record)
+
+    def _load_attach(self, name: str) -> None:
+        """Go on with an attach that another daemon began: its process is just opening the disk."""
+        try:
+            path = self._directories.disk(name) / "attach.json"
+            record = state.read_record(path, DiskRecord)
+        except (FileNotFoundError, DamagedError):
+            return  # the sweep would have removed it, but for its lock; the next one does
+        attached = self._keep(name, record)
+        self._group.create_task(self._finish_attach(attached, name), name=f"attach {name}")
+
+    async def _finish_attach(self, attached: _Attached, name: str) -> None:
+        try:
+            await self._attach_settled(attached)
+        except MirrordError as error:
+            log.info("attach refused %s", fields(disk=name, reason=error))
+            await self._undo_attach(attached, name)
 
     def _keep(self, name: str, record: DiskRecord) -> _Attached:
         process = DiskProcess(

@@ -6,7 +6,7 @@ import gc
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,10 @@ from mirrord.errors import MirrordError, NoDaemonError, RefusedError, UsageError
 
 
 @pytest.fixture
-def answering(tmp_path: Path) -> Callable[[bytes], Client]:
+def answering(tmp_path: Path) -> Iterator[Callable[[bytes], Client]]:
     """Make a client of a server that gives one answer to whatever comes first."""
+
+    made: list[Client] = []
 
     def make(answer: bytes) -> Client:
         path = tmp_path / "c.sock"
@@ -33,9 +35,12 @@ def answering(tmp_path: Path) -> Callable[[bytes], Client]:
                 connection.sendall(answer)
 
         threading.Thread(target=serve, daemon=True).start()
-        return Client(path)
+        made.append(Client(path))
+        return made[-1]
 
-    return make
+    yield make
+    for client in made:
+        client.close()
 
 
 def reply(status: int, body: bytes) -> bytes:

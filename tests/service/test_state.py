@@ -1,0 +1,217 @@
+"""The state directory's records, locks, leftovers and history."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mirrord.control.messages import Job
+from mirrord.core import journal
+from mirrord.core.journal import Kind
+from mirrord.core.migration import Event, Phase, Step
+from mirrord.engine.request import JobStatus
+from mirrord.errors import DamagedError, RefusedError
+from mirrord.service import history, state
+from mirrord.service.state import Directories, DiskRecord, JobRecord
+
+RECORD = JobRecord(
+    id="1", disk="vm", source="/a", target="/b", created="2026-01-01T00:00:00+00:00", limit=5
+)
+
+
+@pytest.fixture
+def directories(tmp_path: Path) -> Directories:
+    """Make an empty state directory."""
+    made = Directories(tmp_path / "s", tmp_path / "r")
+    state.prepare(made)
+    return made
+
+
+def add_job(directories: Directories, *kinds: Kind, **done: object) -> Path:
+    """Write a job with those journal records; `done` is the last one's payload."""
+    directory = directories.job(RECORD.id)
+    directory.mkdir()
+    state.write_record(directory / "job.json", RECORD)
+    log = journal.Log()
+    content = bytearray(journal.CAPACITY_BYTES)
+    for kind in kinds:
+        end = log.end
+        data, log = journal.append(log, kind, done if kind is kinds[-1] else {})
+        content[end : end + len(data)] = data
+    if kinds:
+        (directory / "log").write_bytes(content)
+    return directory
+
+
+def test_preparing_twice_changes_nothing(directories: Directories) -> None:
+    state.prepare(directories)
+    assert (directories.state / "version").read_text() == "1\n"
+    assert (directories.runtime / "nbd").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_directory_of_another_users(
+    directories: Directories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    if os.getuid():
+        with pytest.raises(RefusedError, match="belongs to user"):
+            state.prepare(directories)
+    else:
+        state.prepare(directories)  # root's directories are nobody's to fear
+
+
+def test_a_record_is_what_was_written(directories: Directories) -> None:
+    path = directories.state / "disk.json"
+    record = DiskRecord("vm", "/vm.raw", "direct", True)
+    state.write_record(path, record)
+    assert state.read_record(path, DiskRecord) == record
+    assert sorted(entry.name for entry in directories.state.iterdir()) == [
+        "disk.json", "disks", "jobs", "version",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"\xff", b"null", b'{"name": "vm"}', b'{"name": 1, "location": "/x"}',
+        b'{"name": "vm", "location": "/x", "surprise": 1}',
+        b'{"name": "vm", "location": "/x", "version": 2}',
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_named(directories: Directories, content: bytes) -> None:
+    path = directories.state / "disk.json"
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match=str(path)):
+        state.read_record(path, DiskRecord)
+    with pytest.raises(FileNotFoundError):
+        state.read_record(path.with_name("none"), DiskRecord)
+
+
+def test_a_lock_is_held_until_its_last_descriptor_is_closed(directories: Directories) -> None:
+    path = directories.state / "lock"
+    lock = state.take_lock(path)
+    assert lock is not None
+    inherited = os.dup(lock)
+    os.close(lock)
+    assert state.take_lock(path) is None
+    os.close(inherited)
+    again = state.take_lock(path)
+    assert again is not None
+    os.close(again)
+
+
+def test_what_is_swept(directories: Directories) -> None:
+    for name in ("attached", "attaching", "left"):
+        directories.disk(name).mkdir()
+    (directories.disk("attached") / "disk.json").touch()
+    lock = state.take_lock(directories.disk_lock("attaching"))
+    assert lock is not None
+    add_job(directories)
+    directories.job("2").mkdir()
+    directories.job(".3.forgotten").mkdir()
+    directories.job("4").mkdir()
+    (directories.job("4") / "log").touch()  # nobody knows what that was: it stays
+    state.sweep(directories)
+    os.close(lock)
+    assert directories.disk_names() == ["attached", "attaching"]
+    assert directories.job_ids() == ["1", "4"]
+
+
+def test_how_a_job_stands_by_its_journal(directories: Directories) -> None:
+    directory = add_job(directories)
+    entry = history.read_job(directories, "1")
+    assert (entry.standing, entry.job.phase, entry.job.limit) == ("queued", "queued", 5)
+    for kinds, standing in (
+        ((Kind.PREP,), "unfinished"),
+        ((Kind.PREP, Kind.COMMIT), "unfinished"),
+        ((Kind.PREP, Kind.ABORT), "unfinished"),
+        ((Kind.PREP, Kind.ABORT, Kind.DONE), "ended"),
+    ):
+        for file in directory.iterdir():
+            file.unlink()
+        directory.rmdir()
+        add_job(directories, *kinds, phase="failed", reason="why")
+        entry = history.read_job(directories, "1")
+        assert entry.standing == standing
+    assert (entry.job.phase, entry.job.reason, entry.job.target) == ("failed", "why", "/b")
+
+
+def test_an_ended_job_is_reduced_to_its_outcome(directories: Directories) -> None:
+    directory = add_job(directories, Kind.PREP, Kind.ABORT, Kind.DONE, phase="failed", reason="r")
+    for name in ("map", "dirty"):
+        (directory / name).write_bytes(b"x")
+    log = (directory / "log").read_bytes()
+    entry = history.read_job(directories, "1")
+    history.write_ended(directories, entry.job)
+    assert sorted(file.name for file in directory.iterdir()) == ["ended.json", "job.json", "log"]
+    assert (directory / "log").read_bytes() == log
+    assert (directory / "log").stat().st_blocks * 512 < 64 << 10
+    assert history.read_job(directories, "1") == entry
+    (directory / "ended.json").unlink()
+    assert history.read_job(directories, "1") == entry, "it is derived"
+
+
+def test_a_job_that_ended_before_it_began(directories: Directories) -> None:
+    add_job(directories)
+    ended = Job(id="1", disk="vm", phase="cancelled", source="/a", target="/b")
+    history.write_ended(directories, ended)
+    assert history.read_job(directories, "1").job == ended
+
+
+def test_damage_is_named(directories: Directories) -> None:
+    directory = add_job(directories, Kind.PREP)
+    (directory / "log").write_bytes(b"short")
+    with pytest.raises(DamagedError, match=str(directory / "log")):
+        history.read_job(directories, "1")
+    state.write_record(directory / "job.json", RECORD)
+    os.rename(directory, directories.job("2"))
+    with pytest.raises(DamagedError, match="it names job 1"):
+        history.read_job(directories, "2")
+    (directories.job("2") / "job.json").unlink()
+    with pytest.raises(DamagedError, match="is missing"):
+        history.read_job(directories, "2")
+
+
+def test_whom_a_damaged_job_concerns(directories: Directories) -> None:
+    directory = add_job(directories, Kind.PREP)
+    assert history.concerns(directories, "1", "vm")
+    assert not history.concerns(directories, "1", "other")
+    (directory / "job.json").write_bytes(b"?")
+    assert history.concerns(directories, "1", "other"), "it may be anybody's"
+    (directory / "log").write_bytes(b"short")
+    assert history.concerns(directories, "1", "other")
+    (directory / "log").unlink()
+    assert not history.concerns(directories, "1", "vm"), "it never began"
+
+
+def test_the_oldest_ended_jobs_are_forgotten(
+    directories: Directories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "ENDED_JOBS_MAX", 2)
+    jobs = []
+    for number in (3, 1, 2):
+        directories.job(str(number)).mkdir()
+        jobs.append(
+            Job(id=str(number), disk="vm", phase="done", source="/a", target="/b",
+                created=f"2026-01-0{number}")
+        )  # fmt: skip
+    assert history.drop_oldest(directories, jobs) == ["1"]
+    assert directories.job_ids() == ["2", "3"]
+    assert history.drop_oldest(directories, jobs[:1]) == []
+
+
+def test_what_the_engine_says_becomes_what_users_see() -> None:
+    status = JobStatus(
+        job_id="1", disk="vm", phase=Phase.PAUSED, source="/a", target="/b", bytes_total=9,
+        bytes_copied=4, bytes_remaining=5, copy_rate=None, dirty_rate=2.0, eta_s=None, passes=1,
+        pause_ms=None, verified=False, reason="asked", created_s=0.0, started_s=1.5, ended_s=None,
+        limit=0, source_kept=None,
+        story=(Step(1.5, Phase.PAUSED, Event.PAUSE_REQUESTED, "asked"),),
+    )  # fmt: skip
+    job = history.told(RECORD, status.summary())
+    assert (job.id, job.phase, job.limit, job.created) == ("1", "paused", None, RECORD.created)
+    assert (job.started, job.ended) == ("1970-01-01T00:00:01.500000+00:00", None)
+    assert job.story[0].text == "asked"
+    assert (job.bytes_total, job.bytes_copied, job.copy_rate) == (9, 4, None)
