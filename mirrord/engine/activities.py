@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Outcome = tuple[Event, str]
 
+# A target that took so many chunks since its last trouble is not failing "in a row".
+PROGRESS_CHUNKS = 16
+
 
 async def copying(job: Job) -> Outcome:
     """Make the bulk pass over everything that is data."""
@@ -145,6 +148,9 @@ async def paused(job: Job) -> Outcome:
 
 async def degraded(job: Job) -> Outcome:
     """Try a failing target again, with growing delays."""
+    if job.copier.copied_bytes > job.copied_at_trouble + PROGRESS_CHUNKS * job.settings.chunk_bytes:
+        job.attempts = 0
+    job.copied_at_trouble = job.copier.copied_bytes
     while True:
         job.attempts += 1
         await _wait(job.resumed, _backoff_s(job))

@@ -109,18 +109,31 @@ class Cutover:
             await commit
         except OSError as error:
             return await self._abort_durably(error)
-        # Durable at last. What was written meanwhile is on both sides or failed, what was flushed
-        # is durable on both; so the target needs no flush, only the writes in flight their end.
-        self._disk.close_gate()
-        closed_s = self._clock()
-        try:
-            await self._disk.settle()
-            self.former = self._disk.pivot(self._tracker.target)
-        finally:
-            self._tracker.strict = False
-            self.pause_s = max(self.pause_s or 0.0, self._clock() - closed_s)
-            self._disk.open_gate()
+        await self._pivot_late()
         return self._committed()
+
+    async def _pivot_late(self) -> None:
+        """Pivot although writes went on since the flush behind the gate.
+
+        A write that failed by its budget may have a leg under way, which must not land after the
+        pivot; and what a flush promised meanwhile must be durable on the target. There is no way
+        back any more: a target that hangs keeps the disk here, in strict mode.
+        """
+        while True:
+            await self._tracker.target_idle()
+            self._disk.close_gate()
+            closed_s = self._clock()
+            try:
+                await self._disk.settle()
+                if not self._tracker.target_busy:
+                    believed = await self._tracker.flush_for_pivot()
+                    self.former = self._disk.pivot(self._tracker.target)
+                    self._disk.flush_failed = not believed
+                    self._tracker.strict = False
+                    return
+            finally:
+                self.pause_s = max(self.pause_s or 0.0, self._clock() - closed_s)
+                self._disk.open_gate()
 
     async def _prepare(self) -> Outcome | None:
         """Do everything that can fail or wait, so that the gate is closed for almost nothing."""

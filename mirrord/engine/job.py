@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import replace
+from errno import ETIMEDOUT
 from typing import Any
 
 from mirrord.core.bitmap import DirtyBitmap
@@ -45,41 +46,14 @@ from mirrord.engine.interrupt import Interrupt
 from mirrord.engine.ledger import Ledger
 from mirrord.engine.request import JobRequest, JobStatus, Progress
 from mirrord.engine.retire import Retirement
-from mirrord.engine.settings import EngineSettings
 from mirrord.engine.store import JobStore
+from mirrord.engine.surroundings import Surroundings, outlive
 from mirrord.engine.tracking import WriteTracker
 from mirrord.engine.verify import Verifier
 from mirrord.errors import DamagedError, RefusedError, SideError, SourceError, TargetError
 from mirrord.storage.backend import Backend, Identity, Place
 
 _log = logging.getLogger("mirrord.engine")
-
-
-class Surroundings:
-    """What a job is given by the process it runs in.
-
-    `wall` is the clock for people; `clock` is a fine monotonic one for measuring (the loop's own,
-    which is the default, has steps of a millisecond under uvloop); `moved` makes a new location
-    durable in the registry, `adopt` runs a coroutine that may outlive the job, `changed` is called
-    at every change of phase.
-    """
-
-    def __init__(
-        self,
-        *,
-        wall: Callable[[], float],
-        moved: Callable[[str], Awaitable[None]],
-        adopt: Callable[[Coroutine[Any, Any, None]], None],
-        changed: Callable[[Job], None] = lambda job: None,
-        settings: EngineSettings | None = None,
-        clock: Callable[[], float] | None = None,
-    ) -> None:
-        self.wall = wall
-        self.clock = clock or asyncio.get_running_loop().time
-        self.moved = moved
-        self.adopt = adopt
-        self.changed = changed
-        self.settings = settings or EngineSettings()
 
 
 class Job:
@@ -136,6 +110,7 @@ class Job:
         self.former: Backend | None = None
         self.reason = ""
         self.attempts = 0
+        self.copied_at_trouble = 0
         self.gates_missed = 0
         self.space_wanted = False
         self.mismatched = False
@@ -341,7 +316,8 @@ class Job:
 
     async def _perform(self, phase: Phase) -> Outcome:
         """Run the phase's activity until it ends or is interrupted."""
-        activity = self._tasks.create_task(self._guarded(phase))
+        # Not one of the group's: it may have to be left behind when a name hangs.
+        activity = asyncio.ensure_future(self._guarded(phase))
         try:
             while not activity.done():
                 if self.interrupt.pending(self.migration) and not self._committing:
@@ -353,15 +329,18 @@ class Job:
                     await asyncio.wait((activity,))
             return activity.result()
         finally:
-            activity.cancel()
+            if not activity.done():
+                activity.cancel()
 
     async def _leave(self, activity: asyncio.Task[Outcome]) -> Outcome:
         """End an activity; what its workers have in flight ends by itself."""
         if self.tracker is not None:
             self.copier.stop()
         activity.cancel()
-        await asyncio.wait((activity,))
-        if not activity.cancelled():
+        await asyncio.wait((activity,), timeout=self.settings.drain_s)
+        if not activity.done():
+            self.around.adopt(outlive(activity))
+        elif not activity.cancelled():
             return activity.result()  # it ended in the same moment: that comes first
         return self.interrupt.take()
 
@@ -426,11 +405,20 @@ class Job:
         self.copier.abandon()
         await self.disk.settle()
         try:
-            await self.target_place.discard(self.request.job_id)
+            await self._within_drain(self.target_place.discard(self.request.job_id))
         except OSError as error:
             reason = f"{reason}; the target {self.target_place.location} is left over ({error})"
         self.around.adopt(self.tracker.close_target())
         self._ended = await self._conclude(event, reason, after)
+
+    async def _within_drain(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await work on names, but not for ever: it goes on alone when the place hangs."""
+        task = asyncio.ensure_future(work)
+        await asyncio.wait((task,), timeout=self.settings.drain_s)
+        if not task.done():
+            self.around.adopt(outlive(task))
+            raise OSError(ETIMEDOUT, "it does not answer")
+        task.result()
 
     async def _record_abort(self, reason: str, *, cancelled: bool = False) -> None:
         """Make ABORT durable, once. Raises `OSError` when that is not known."""

@@ -26,10 +26,11 @@ from mirrord.core.bitmap import DirtyBitmap, IntentMap
 from mirrord.core.journal import Authority, Kind, Payload, State, parse, repair
 from mirrord.engine.disk import Disk
 from mirrord.engine.intents import Intents
-from mirrord.engine.job import Job, Surroundings
+from mirrord.engine.job import Job
 from mirrord.engine.ledger import Ledger
 from mirrord.engine.request import JobRequest, Progress
 from mirrord.engine.store import JobStore
+from mirrord.engine.surroundings import Surroundings
 from mirrord.errors import RefusedError
 from mirrord.storage.backend import Backend, Cache, Identity, Place
 

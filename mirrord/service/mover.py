@@ -20,10 +20,10 @@ from mirrord.control.messages import DiskStatus, Job
 from mirrord.engine import recovery
 from mirrord.engine.disk import Disk
 from mirrord.engine.job import Job as EngineJob
-from mirrord.engine.job import Surroundings
 from mirrord.engine.recovery import Places
 from mirrord.engine.request import JobRequest, dirty_bytes_for
 from mirrord.engine.settings import EngineSettings
+from mirrord.engine.surroundings import Surroundings
 from mirrord.errors import DamagedError, MirrordError, RefusedError
 from mirrord.service import history, state
 from mirrord.service.logs import fields

@@ -12,10 +12,11 @@ from typing import Any
 
 from mirrord.engine import recovery
 from mirrord.engine.disk import Disk
-from mirrord.engine.job import Job, Surroundings
+from mirrord.engine.job import Job
 from mirrord.engine.recovery import Places, Recovered
 from mirrord.engine.request import JobRequest, JobStatus, dirty_bytes_for
 from mirrord.engine.settings import EngineSettings
+from mirrord.engine.surroundings import Surroundings
 from mirrord.storage.backend import Backend, Place
 from mirrord.storage.job_files import JobFiles
 from mirrord.storage.memory import MemoryPlace, MemoryShelf

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from mirrord.core.journal import Authority, Kind, Outcome, State, fold, parse
 from mirrord.core.migration import Phase
 from mirrord.engine.disk import Disk
-from mirrord.engine.job import Job, Surroundings
+from mirrord.engine.job import Job
 from mirrord.engine.recovery import Places, recover, start
 from mirrord.engine.request import JobRequest, JobStatus, dirty_bytes_for
+from mirrord.engine.surroundings import Surroundings
 from mirrord.errors import DamagedError, RefusedError
 from tests.sim.checker import Checker
 from tests.sim.disk import SimDirectory, SimFile
@@ -36,6 +37,7 @@ JOB_ID = "job"
 LIFE_MAX_S = 400.0  # of virtual time; by then the operator has cancelled whatever still runs
 CANCEL_S = 150.0  # a job that hasn't ended by itself by then is cancelled, and the run has failed
 PATIENCE_S = 2.0  # how long the operator leaves a paused or held job alone when nothing is broken
+LATE_S = 20.0  # twice the longest hang
 # What a guest may have to wait: the target's budget, the gate, the slowest disk, and some room.
 LATENCY_MAX_S = 1.5
 
@@ -269,6 +271,9 @@ class Machine:
         await self.reader.read_all(disk)
         await asyncio.gather(*self._adopted)
         await disk.backend.close()
+        late = {task for task in self.world.loop.alive() if task is not asyncio.current_task()}
+        if late:  # a call that nobody waits for any more ends by itself
+            await asyncio.wait(late, timeout=LATE_S)
 
     async def _ending(self, running: asyncio.Task[JobStatus]) -> JobStatus:
         """Wait for the job; when the process is asked to stop, it dies once the job has let go."""
