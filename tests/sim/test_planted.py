@@ -141,7 +141,7 @@ def bit_cleared_before_the_sources_flush(patch: pytest.MonkeyPatch) -> None:
     honest = WriteTracker.checkpoint
 
     async def checkpoint(self: WriteTracker) -> None:
-        self._source_unflushed.setall(0)
+        self._source_unflushed.clear()
         await honest(self)
 
     patch.setattr(WriteTracker, "checkpoint", checkpoint)
@@ -178,6 +178,18 @@ def aim(
     return scenario
 
 
+def aim_at_mirror(scenario: Scenario) -> Scenario:
+    """Mirrored writes into what is being copied, slowly."""
+    scenario = aim(scenario, mode="mirror")
+    rng = random.Random(f"mirror {scenario.seed}")
+    scenario.content = rng.randbytes(scenario.size)
+    scenario.slow = {"source": 4, "target": 3}
+    scenario.eager = {}
+    scenario.loads = [Load(requests=60, depth=4, think_s=0.002, hot=0.0)] * 2
+    scenario.crashes = []
+    return scenario
+
+
 def aim_at_scan(scenario: Scenario) -> Scenario:
     """Checkpoints while the source is scanned, and a power cut soon after."""
     scenario = aim(scenario, power=True, linger=True)
@@ -202,7 +214,7 @@ def aim_at_commit(scenario: Scenario) -> Scenario:
 
 PLANTED: list[tuple[Patch, Callable[[Scenario], Scenario]]] = [
     (no_intent_bit, lambda s: aim(s, power=True, linger=True)),
-    (no_range_lock, lambda s: aim(s, mode="mirror")),
+    (no_range_lock, aim_at_mirror),
     (no_target_flush_before_commit, lambda s: aim(s, power=True)),
     (dirty_set_only_before_the_write, lambda s: aim(s)),
     (gate_without_drain, lambda s: aim(s, mode="mirror")),
