@@ -17,10 +17,12 @@ from typing import Any
 from mirrord.core.geometry import KIB, MIB
 from mirrord.core.journal import Log, parse
 from mirrord.core.migration import Phase
-from mirrord.engine.job import Job, Surroundings
+from mirrord.engine.job import Job
 from mirrord.engine.recovery import Places, Recovered
 from mirrord.engine.request import JobStatus
 from mirrord.engine.settings import EngineSettings
+from mirrord.engine.surroundings import Surroundings
+from mirrord.engine.tracking import WriteTracker
 from mirrord.storage.file_place import FilePlace
 from mirrord.storage.fileio import FileIo
 from mirrord.storage.job_files import HEADER_BYTES
@@ -152,6 +154,32 @@ class CrashBench(Bench):
         )
         assert self.job.migration.phase is phase, self.told()
 
+    async def hold_mirroring(self, **options: Any) -> None:
+        """Run a job until both sides are equal and it waits for the operator's cutover."""
+        await self.begin(cutover="manual", **options)
+        self.run()
+        await eventually_async(
+            lambda: self.job.held and self.job.migration.phase is Phase.MIRRORING, DEADLINE_S
+        )
+
+    async def hold_copying(self, chunk: int, **options: Any) -> Rule:
+        """Run a job until everything is copied but one chunk, whose write hangs at the target."""
+        await self.begin(**options)
+        rule = self.at_target.hang("write", within=range(chunk * UNIT, (chunk + 1) * UNIT))
+        length = min(UNIT, self.size - chunk * UNIT)
+        self.run()
+        await eventually_async(
+            lambda: rule.reached.is_set() and self.job.status().bytes_remaining == length,
+            DEADLINE_S,
+        )
+        return rule
+
+    async def cut_over(self) -> JobStatus:
+        """Have a job that waits for the operator end."""
+        running = self.running or self.run()
+        await self.job.cutover()
+        return await asyncio.wait_for(running, DEADLINE_S)
+
     def told(self) -> str:
         """Return the job's story, for messages of failed assertions."""
         return f"{self.job.migration.phase}: {self.job.migration.tell()}; {self.trace[-30:]}"
@@ -174,12 +202,25 @@ class CrashBench(Bench):
         await self.disk.write(offset, data, fua=fua)
         self.expected[offset : offset + len(data)] = data
 
+    @property
+    def tracker(self) -> WriteTracker:
+        """The job's tracker."""
+        assert self.job.tracker is not None
+        return self.job.tracker
+
     async def checkpoint(self) -> None:
         """Clear the marks of what is equal, as the housekeeping does now and then."""
-        tracker = self.job.tracker
-        assert tracker is not None
         await self.disk.flush()
-        await tracker.checkpoint()
+        await self.tracker.checkpoint()
+
+    def marked(self, offset: int) -> bool:
+        """Tell whether the intent map has the region of an offset."""
+        return self.tracker.intents.map.wanted(offset // UNIT)
+
+    @property
+    def gate_closed(self) -> bool:
+        """Whether the guest's writes are held."""
+        return self.disk._gate is not None
 
     # Its end
 
@@ -208,7 +249,11 @@ class CrashBench(Bench):
 
     async def recovered(self) -> Recovered:
         """Be the next process: act on what is found."""
-        return await self.recover()
+        try:
+            return await self.recover()
+        except BaseException:
+            await self.files.close()  # the process ends
+            raise
 
     async def resume(self) -> JobStatus:
         """Be the next process, and finish the job."""
@@ -248,6 +293,13 @@ class CrashBench(Bench):
         """Return the path of the target's temporary name."""
         return self.target_path.parent / f".target.raw.mirrord-{self.request.job_id}.part"
 
+    def shelf_content(self, name: str) -> bytes:
+        """Return what a disk in memory holds."""
+        content = self.shelf.get(name)
+        assert content is not None
+        blocks = (content.blocks.get(n, bytes(UNIT)) for n in range(-(-self.size // UNIT)))
+        return b"".join(bytes(block) for block in blocks)[: self.size]
+
     async def both(self) -> tuple[bytes, bytes]:
         """Return what both open sides hold now, behind the faults."""
         return (
@@ -267,3 +319,5 @@ class CrashBench(Bench):
         """Release everything, at the end of the test."""
         if hasattr(self, "files"):
             await self.kill()
+        elif hasattr(self, "disk"):
+            await self.disk.backend.close()

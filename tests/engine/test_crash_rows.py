@@ -24,22 +24,6 @@ both_crashes = pytest.mark.parametrize("power", [False, True], ids=["kill", "pow
 NEW = b"\xa5" * 4096
 
 
-async def synced(bench: CrashBench) -> None:
-    """Run the job until it waits, mirroring, for the operator's cutover."""
-    await bench.begin(cutover="manual")
-    bench.run()
-    await eventually_async(lambda: bench.job.held and bench.job.migration.phase is Phase.MIRRORING)
-
-
-async def go_on(bench: CrashBench) -> None:
-    """Recover a job that was waiting for the operator, and have it cut over."""
-    found = await bench.recovered()
-    assert found.job is not None
-    running = bench.run()
-    await found.job.cutover()
-    await bench.assert_moved(await running)
-
-
 @pytest.mark.parametrize("point", ["created", "files created", "record torn", "record not written"])
 async def test_c0_no_valid_prep(on_files: CrashBench, point: str) -> None:
     """Our `.part` without a PREP is deleted; one of somebody else's job is left."""
@@ -115,9 +99,7 @@ async def test_c2_after_a_power_cut_the_marked_regions_are_copied(on_files: Cras
     await bench.checkpoint()
     await eventually_async(lambda: bench.at_files.count("write_map:lazy") > 0)
     await bench.at_files.settled()
-    tracker = bench.job.tracker
-    assert tracker is not None
-    marked = sum(length for _, length in tracker.intents.map.ranges())
+    marked = sum(length for _, length in bench.tracker.intents.map.ranges())
     assert 0 < marked < SIZE
     await bench.kill(power=True)
     found = await bench.recovered()
@@ -168,11 +150,9 @@ async def test_c5_intent_durable_but_the_source_not_written(
     """The region is copied again, and nothing else; the guest sends its write once more."""
     bench = on_files
     if phase == "mirrored":
-        await synced(bench)
+        await bench.hold_mirroring()
     else:
-        await bench.begin()
-        await bench.run_to(bench.at_target.hang("write", at=17))
-        await eventually_async(lambda: bench.job.copier.in_flight_bytes == SIZE % UNIT)
+        await bench.hold_copying(16)
     await bench.checkpoint()
     await bench.at_files.settled()
     remaining = bench.job.status().bytes_remaining
@@ -186,9 +166,7 @@ async def test_c5_intent_durable_but_the_source_not_written(
     again = UNIT if power else len(NEW)
     assert found.job.status().bytes_remaining == remaining + again
     await bench.write(4 * UNIT + 4096, NEW)
-    running = bench.run()
-    await found.job.cutover()
-    await bench.assert_moved(await running)
+    await bench.assert_moved(await bench.cut_over())
 
 
 @both_crashes
@@ -198,7 +176,7 @@ async def test_c6_one_leg_of_a_mirrored_write(
 ) -> None:
     """The region is copied from the source, over newer data that nobody was promised, too."""
     bench = on_files
-    await synced(bench)
+    await bench.hold_mirroring()
     await bench.checkpoint()
     side = bench.at_target if written == "the source" else bench.at_source
     rule = side.hang("write")
@@ -212,7 +190,8 @@ async def test_c6_one_leg_of_a_mirrored_write(
     await bench.kill(power=power)
     if written == "the source":
         bench.expected[: len(NEW)] = NEW
-    await go_on(bench)
+    await bench.recovered()
+    await bench.assert_moved(await bench.cut_over())
 
 
 @both_crashes
@@ -550,15 +529,14 @@ async def test_c20_source_unreadable_at_one_offset(on_files: CrashBench) -> None
 async def test_c21_target_gone_for_a_while(on_files: CrashBench) -> None:
     """Before the commit: degraded; writes are tracked; the job goes on by itself."""
     bench = on_files
-    await synced(bench)
+    await bench.hold_mirroring()
     everything = ("write", "write_zeroes", "flush", "read_stored", "check_unchanged")
     gone = bench.at_target.fail(*everything, errno=errno.EIO, times=1 << 30)
     await bench.write(0, NEW)
     await bench.run_to_phase(Phase.DEGRADED)
     await bench.write(9 * UNIT, NEW)
     gone.release()
-    await bench.job.cutover()
-    await bench.assert_moved(await bench.finish())
+    await bench.assert_moved(await bench.cut_over())
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 40, 52])

@@ -1,0 +1,708 @@
+"""The rules R1 to R18 of the protocol, one by one: each test fails when its rule is taken out.
+
+What was broken to see that stands in each docstring after "Broken:". A rule's part that lies in
+the storage (R6, R12, R17) is also tested with the storage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import resource
+from dataclasses import replace
+
+import pytest
+
+from mirrord.core.journal import Authority, parse
+from mirrord.core.migration import Event, Phase
+from mirrord.errors import RefusedError, TargetError
+from tests.engine.crashes import SIZE, SMALL, UNIT, CrashBench
+from tests.engine.faults import FOR_EVER, Rule
+from tests.helpers import eventually_async
+
+NEW = b"\xa5" * 4096
+NEWER = b"\x5a" * 4096
+PATIENT = replace(SMALL, target_budget_s=8.0, target_stall_s=8.0, gate_s=8.0)
+
+
+async def turns(count: int = 30) -> None:
+    """Let everything go on that can: for what must not happen, and so can't be waited for."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def hold(bench: CrashBench, phase: str) -> None:
+    """Bring the job to where writes are followed, or mirrored, with all regions unmarked."""
+    if phase == "mirrored":
+        await bench.hold_mirroring()
+    else:
+        await bench.hold_copying(16, cutover="manual")
+    await bench.checkpoint()
+
+
+def story(bench: CrashBench) -> list[Event]:
+    return [step.event for step in bench.job.migration.story]
+
+
+in_both_phases = pytest.mark.parametrize("phase", ["followed", "mirrored"])
+
+
+# R1: marked durably before the source is written
+
+
+@in_both_phases
+async def test_r1_the_source_waits_for_the_durable_mark(bench: CrashBench, phase: str) -> None:
+    """Only the first write of a clean region pays. Broken: `WriteTracker._ensure` returns at
+    once; `Intents._write` writes without `durable`."""
+    await hold(bench, phase)
+    assert not bench.marked(0)
+    rule = bench.at_files.hang("write_map:durable")
+    first = bench.guest(bench.write(0, NEW))
+    await rule.wait()
+    await turns()
+    assert bench.at_source.count("write") == 0
+    assert not first.done()
+    rule.release()
+    await first
+    assert bench.trace.index("files.write_map:durable") < bench.trace.index("+source.write")
+    await bench.write(8192, NEW)
+    assert bench.at_files.count("write_map:durable") == 1
+
+
+@in_both_phases
+async def test_r1_a_map_that_cannot_be_written_ends_the_job(bench: CrashBench, phase: str) -> None:
+    """ABORT is durable before the source is written. Broken: `_give_up` doesn't record."""
+    await hold(bench, phase)
+    bench.at_files.fail("write_map", errno=errno.EIO, times=FOR_EVER)
+    await bench.write(0, NEW)
+    assert bench.trace.index("files.write_log:ABORT") < bench.trace.index("+source.write")
+    bench.at_target.heal()
+    status = await bench.finish()
+    assert status.phase is Phase.FAILED
+    assert "the intent map can't be written" in status.reason
+    assert await bench.content() == bytes(bench.expected)
+
+
+@in_both_phases
+async def test_r1_with_no_durable_state_the_write_fails(bench: CrashBench, phase: str) -> None:
+    """Neither the mark nor ABORT can be written: the guest is told, the source is not touched.
+    Broken: `_give_up` swallows the error."""
+    await hold(bench, phase)
+    bench.at_files.fail("write_map", "write_log", errno=errno.EIO, times=FOR_EVER)
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        await bench.write(0, NEW)
+    assert caught.value.errno == errno.EIO
+    assert bench.at_source.count("write") == 0
+
+
+# R2: cleared only when both sides are equal, durably
+
+
+async def test_r2_a_chunk_copied_during_the_flush_stays_marked(bench: CrashBench) -> None:
+    """Broken: `checkpoint` looks what is equal after the flush instead of before."""
+    copying = await bench.hold_copying(16, cutover="manual")
+    flush = bench.at_target.hang("flush")
+    checkpoint = bench.guest(bench.checkpoint())
+    await flush.wait()
+    copying.release()
+    await eventually_async(lambda: not bench.job.bitmap.dirty())
+    flush.release()
+    await checkpoint
+    assert not bench.marked(15 * UNIT)
+    assert bench.marked(16 * UNIT)
+
+
+async def test_r2_nothing_is_cleared_when_the_flush_fails(bench: CrashBench) -> None:
+    """Broken: `checkpoint` clears before the flush."""
+    await bench.hold_mirroring()
+    bench.at_target.fail("flush", errno=errno.EIO)
+    with pytest.raises(TargetError):
+        await bench.checkpoint()
+    assert bench.marked(0)
+    assert bench.at_files.count("write_map:lazy") == 0
+
+
+@in_both_phases
+async def test_r2_a_write_in_flight_keeps_the_mark(bench: CrashBench, phase: str) -> None:
+    """Also one that began while the target was flushed. Broken: `checkpoint` doesn't look again
+    after the flush, at the bitmap or at what is hot."""
+    await hold(bench, phase)
+    await bench.write(0, NEW)
+    await bench.checkpoint()
+    await bench.checkpoint()
+    if phase == "mirrored":
+        assert not bench.marked(0)
+    flush = bench.at_target.hang("flush")
+    checkpoint = bench.guest(bench.checkpoint())
+    await flush.wait()
+    rule = bench.at_source.hang("write")
+    writing = bench.guest(bench.write(0, NEWER))
+    await rule.wait()
+    flush.release()
+    await checkpoint
+    assert bench.marked(0)
+    rule.release()
+    await writing
+
+
+async def test_r2_what_the_source_may_forget_stays_marked(bench: CrashBench) -> None:
+    """The target has the write durably, the source has not: after a power cut they would differ.
+    Broken: `checkpoint` doesn't ask for `_source_unflushed`."""
+    await bench.hold_mirroring()
+    await bench.checkpoint()
+    await bench.write(0, NEW)
+    await bench.tracker.checkpoint()
+    await bench.tracker.checkpoint()
+    assert bench.marked(0)
+    await bench.kill(power=True)  # the guest was promised nothing: either content will do
+    bench.expected[: len(NEW)] = bench.shelf_content("source")[: len(NEW)]
+    await bench.recovered()
+    await bench.assert_moved(await bench.cut_over())
+
+
+# R3: dirty also after the write
+
+
+async def test_r3_a_write_during_the_copy_of_its_block_is_copied(bench: CrashBench) -> None:
+    """The copier reads the block while the write is on its way. Broken: no second `mark` in
+    `_follow`; `in_flight` is empty."""
+    copying = await bench.hold_copying(5, cutover="manual")
+    writing = bench.at_source.hang("write")
+    guest = bench.guest(bench.write(5 * UNIT, NEW))
+    await writing.wait()
+    copying.release()
+    # What the copier read is old. A kill now must find the block, though it was copied:
+    await eventually_async(lambda: bench.job.bitmap.remaining() == 4096, what="copied")
+    assert not bench.job.bitmap.clean(5 * UNIT, 4096)
+    writing.release()
+    await guest
+    await bench.assert_moved(await bench.cut_over())
+
+
+async def test_r3_a_kill_during_such_a_write(bench: CrashBench) -> None:
+    """The write reached the source, the copier's stale copy the target. Broken: `in_flight` is
+    empty."""
+    copying = await bench.hold_copying(5, verify="none", cutover="manual")
+    writing = bench.at_source.hang("write", after=True)
+    reading = bench.at_source.hang("read", within=range(5 * UNIT, 6 * UNIT), after=True)
+    bench.tracker.bitmap.mark(5 * UNIT, UNIT)
+    copying.release()
+    await reading.wait()  # the copier has the old content
+    bench.guest(bench.write(5 * UNIT, NEW))
+    await writing.wait()
+    reading.release()
+    await eventually_async(lambda: bench.job.bitmap.remaining() == 4096, what="copied")
+    await bench.kill()
+    bench.expected[5 * UNIT : 5 * UNIT + len(NEW)] = NEW
+    await bench.recovered()
+    await bench.assert_moved(await bench.cut_over())
+
+
+# R4: copier and mirrored writes exclude each other
+
+
+async def test_r4_a_mirrored_write_waits_for_the_copy_of_its_block(bench: CrashBench) -> None:
+    """Else the copier's older data would land on top. Broken: `Locks.acquire_within` grants."""
+    bench.settings = PATIENT
+    copying = await bench.hold_copying(5, mode="mirror", cutover="manual", verify="none")
+    assert bench.tracker.mirroring
+    guest = bench.guest(bench.write(5 * UNIT, NEW))
+    await turns()
+    assert not guest.done()
+    assert bench.at_source.count("write") == 0
+    copying.release()
+    await guest
+    assert (await bench.both())[1][5 * UNIT : 5 * UNIT + len(NEW)] == NEW
+    await bench.assert_moved(await bench.cut_over())
+
+
+async def test_r4_the_copier_waits_for_a_late_leg(bench: CrashBench) -> None:
+    """A mirrored write gave up its target's leg; until that has ended nothing else may go there.
+    Broken: `_mirrored` releases its lock at once."""
+    await bench.hold_mirroring(verify="none")
+    leg = bench.at_target.hang("write")
+    await bench.write(0, NEW)  # answered from the source when the budget is over
+    await bench.write(0, NEWER)
+    await eventually_async(
+        lambda: (bench.job.attempts > 0 and bench.job.copier.in_flight_bytes > 0)
+        or bench.job.migration.phase not in (Phase.MIRRORING, Phase.DEGRADED)
+    )  # fmt: skip
+    await turns()
+    assert bench.at_target.count("write") == 1 + 17  # the bulk pass's, and the leg
+    leg.release()
+    status = await bench.cut_over()
+    assert status.phase is Phase.DONE
+    assert await bench.content() == bytes(bench.expected)
+
+
+async def test_r4_overlapping_writes_reach_both_sides_in_one_order(bench: CrashBench) -> None:
+    """First come, first served, over all connections. Broken: `Locks.acquire_within` grants."""
+    bench.settings = PATIENT
+    await bench.hold_mirroring(verify="none")
+    leg = bench.at_target.hang("write", at=1)
+    one = bench.guest(bench.write(0, NEW))
+    await leg.wait()
+    other = bench.guest(bench.write(0, NEWER))
+    beside = bench.guest(bench.write(UNIT, NEW))
+    await beside
+    assert not other.done()
+    leg.release()
+    await asyncio.gather(one, other)
+    assert [side[: len(NEW)] for side in await bench.both()] == [NEWER, NEWER]
+
+
+# R5: gate, drain, nothing dirty, target flushed
+
+
+async def write_into_the_gate(bench: CrashBench) -> tuple[asyncio.Task[None], Rule]:
+    """Have a guest's write under way, which the source doesn't answer, when the gate closes."""
+    await bench.begin(verify="none")
+    publish = bench.at_target.hang("publish")
+    await bench.run_to(publish)
+    writing = bench.at_source.hang("write")
+    before = bench.guest(bench.write(0, NEW))
+    await writing.wait()
+    publish.release()
+    await eventually_async(lambda: bench.gate_closed, what="gate closed")
+    return before, writing
+
+
+async def test_r5_the_cutover_drains(bench: CrashBench) -> None:
+    """Broken: `_quiesce` doesn't settle; `close_gate` is left out."""
+    bench.settings = PATIENT
+    before, writing = await write_into_the_gate(bench)
+    held = bench.guest(bench.write(UNIT, NEW))
+    await turns()
+    assert not held.done()
+    assert bench.at_source.count("write") == 1
+    assert bench.at_files.count("write_log:COMMIT") == 0
+    assert bytes(await bench.disk.read(UNIT, 4096)) != NEW  # reads go on
+    writing.release()
+    await asyncio.gather(before, held)
+    status = await bench.finish()
+    assert Event.GATE_TIMED_OUT not in story(bench)
+    await bench.assert_moved(status)
+
+
+async def test_r5_a_drain_that_takes_too_long_opens_the_gate(bench: CrashBench) -> None:
+    """Broken: `_quiesce` has no time limit."""
+    bench.settings = replace(SMALL, gate_s=0.05)
+    before, writing = await write_into_the_gate(bench)
+    await bench.write(UNIT, NEW)  # held, then let go on
+    await eventually_async(lambda: Event.GATE_TIMED_OUT in story(bench))
+    assert "did not end within 0.05 s" in bench.job.migration.tell()
+    assert not bench.tracker.bitmap.clean(0, 4096)
+    writing.release()
+    await before
+    await bench.assert_moved(await bench.finish())
+
+
+async def test_r5_no_commit_while_something_is_dirty(bench: CrashBench) -> None:
+    """Broken: `_quiesce` doesn't look at the bitmap."""
+    await bench.begin()
+    publish = bench.at_target.hang("publish")
+    await bench.run_to(publish)
+    bench.tracker.bitmap.mark(0, 4096)
+    publish.release()
+    status = await bench.finish()
+    assert Event.GATE_TIMED_OUT in story(bench)
+    assert "a write was not mirrored" in bench.job.migration.tell()
+    await bench.assert_moved(status)
+
+
+@pytest.mark.parametrize("promise", ["flush", "fua"])
+async def test_r5_the_target_is_flushed_behind_the_gate(bench: CrashBench, promise: str) -> None:
+    """What the guest was promised is durable at the target before the commit. Broken: `_quiesce`
+    doesn't flush."""
+    await bench.begin(verify="none")
+    publish = bench.at_target.hang("publish")
+    await bench.run_to(publish)
+    await bench.write(0, NEW, fua=promise == "fua")
+    if promise == "flush":
+        await bench.disk.flush()
+    commit = bench.at_files.hang("write_log:COMMIT", after=True)
+    publish.release()
+    await bench.run_to(commit)
+    await bench.kill(power=True)
+    found = await bench.recovered()
+    assert found.location == "mem:target"
+    assert await bench.content() == bytes(bench.expected)
+
+
+# R6: the final name before the commit, and before the gate
+
+
+async def test_r6_the_target_has_its_name_before_the_gate(bench: CrashBench) -> None:
+    """So the pause is short. Broken: `_prepare` doesn't publish; the gate is closed before it."""
+    await bench.begin()
+    publish = bench.at_target.hang("publish")
+    await bench.run_to(publish)
+    assert not bench.gate_closed
+    await bench.write(0, NEW)
+    publish.release()
+    status = await bench.finish()
+    assert bench.trace.index("target.publish") < bench.trace.index("+files.write_log:COMMIT")
+    await bench.assert_moved(status)
+
+
+# R7: no target-only write before the commit is durable
+
+
+async def test_r7_no_write_is_answered_while_the_commit_is_written(bench: CrashBench) -> None:
+    """Broken: `Cutover.run` pivots and opens the gate before the append."""
+    await bench.begin()
+    commit = bench.at_files.hang("write_log:COMMIT")
+    await bench.run_to(commit)
+    held = bench.guest(bench.write(0, NEW))
+    await turns()
+    assert not held.done()
+    assert bench.disk.backend is bench.source
+    before = bench.at_source.count("write")
+    commit.release()
+    await held
+    assert bench.disk.backend is bench.target
+    assert bench.at_source.count("write") == before
+    await bench.assert_moved(await bench.finish())
+
+
+# R8: the source is deleted only after the commit is durable
+
+
+async def test_r8_the_source_is_not_touched_before_the_commit(bench: CrashBench) -> None:
+    """Broken: `Ledger.append` doesn't wait for its write."""
+    await bench.begin()
+    commit = bench.at_files.hang("write_log:COMMIT")
+    await bench.run_to(commit)
+    await turns(100)
+    assert not {"+source.retire", "+source.delete_retired", "+registry.moved"} & set(bench.trace)
+    commit.release()
+    await bench.assert_moved(await bench.finish())
+
+
+async def test_r8_a_source_is_renamed_before_it_is_unlinked(bench: CrashBench) -> None:
+    """Broken: `Retirement._retire` doesn't record RETIRED; doesn't confirm the target."""
+    await bench.begin()
+    status = await bench.finish()
+    steps = ["target.confirm", "source.retire", "files.write_log:RETIRED", "source.delete_retired"]
+    found = [step for step in bench.trace if step in steps]
+    assert found == steps
+    await bench.assert_moved(status)
+
+
+# R9: a failed flush is never retried as if harmless
+
+
+async def test_r9_a_failed_flush_of_the_target_has_everything_written_again(
+    bench: CrashBench,
+) -> None:
+    """The page cache forgets what it could not write, and the next flush succeeds. Broken:
+    `distrust_target` marks nothing."""
+    await bench.hold_mirroring(verify="none")
+    await bench.checkpoint()
+    await bench.write(3 * UNIT, NEW)
+    await bench.disk.flush()
+    bench.at_target.fail("flush", errno=errno.EIO)
+    with pytest.raises(TargetError):
+        await bench.tracker.checkpoint()
+    await bench.target.forget()
+    assert not bench.tracker.mirroring
+    assert bench.tracker.bitmap.remaining() == UNIT
+    await bench.assert_moved(await bench.cut_over())
+
+
+async def test_r9_a_failed_flush_of_the_source_ends_the_move(bench: CrashBench) -> None:
+    """The guest is told, now and at every later flush; nothing is deleted. Broken: `Disk.flush`
+    doesn't remember; `WriteTracker.flush` doesn't report."""
+    await bench.hold_mirroring()
+    await bench.write(0, NEW)
+    bench.at_source.fail("flush", errno=errno.EIO)
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            await bench.disk.flush()
+    with pytest.raises(OSError, match="Input/output error"):
+        await bench.disk.write(0, NEWER, fua=True)
+    status = await bench.finish()
+    assert status.phase is Phase.FAILED
+    assert "flush of the source failed" in status.reason
+    assert bench.names() == ["source"]
+    with pytest.raises(OSError, match="Input/output error"):
+        await bench.disk.flush()
+    await bench.write(0, NEWER)  # without a promise it still works
+    assert await bench.content() == bytes(bench.expected)
+
+
+# R10: a flush covers the authoritative side
+
+
+async def test_r10_a_flush_is_the_sources(bench: CrashBench) -> None:
+    """Broken: `WriteTracker.flush` flushes the target; waits for it; `mirror` passes FUA on."""
+    await bench.hold_mirroring()
+    bench.at_target.hang("flush", times=FOR_EVER)
+    flushes = bench.at_source.count("flush")
+    await bench.write(0, NEW)
+    await asyncio.wait_for(bench.disk.flush(), 5)
+    assert bench.at_source.count("flush") == flushes + 1
+    await bench.write(0, NEWER, fua=True)
+    assert (bench.source.fua_writes, bench.target.fua_writes) == (1, 0)
+    await bench.kill(power=True)
+    await bench.recovered()
+    await bench.assert_moved(await bench.cut_over())
+
+
+# R11: the maps decide, not memory
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["dirty bitmap", "intent map"])
+async def test_r11_a_restart_goes_on_from_the_map(bench: CrashBench, power: bool) -> None:
+    """Broken: `_find_target` clears the bitmap, or believes it after a power cut."""
+    await bench.hold_copying(16, cutover="manual")
+    await bench.checkpoint()
+    await bench.write(0, NEW)
+    await bench.disk.flush()
+    await bench.kill(power=power)
+    found = await bench.recovered()
+    assert found.job is not None
+    again = UNIT if power else len(NEW)
+    assert found.job.status().bytes_remaining == again + SIZE % UNIT
+    await bench.assert_moved(await bench.cut_over())
+
+
+# R12: recovery makes durable what it acts on
+
+
+async def test_r12_the_journal_comes_first(bench: CrashBench) -> None:
+    """Before anything else is opened or renamed; that reading makes durable is tested in C11 and
+    with the job's files. Broken: `recover` opens the source first."""
+    await bench.begin()
+    await bench.run_to(bench.at_target.hang("publish", after=True))
+    await bench.kill()
+    await bench.recovered()
+    assert bench.trace[:2] == ["+files.read_log", "files.read_log"]
+    changed = bench.trace.index("+target.withdraw")
+    assert bench.trace.index("files.read_map") < bench.trace.index("target.find") < changed
+
+
+# R13: a target that may have forgotten
+
+
+async def test_r13_a_copy_across_a_failed_flush_counts_for_nothing(bench: CrashBench) -> None:
+    """The chunk's first half may have been lost with the flush. Broken: `_work` doesn't compare
+    the generation."""
+    copying = await bench.hold_copying(5, cutover="manual")
+    rule = bench.at_target.fail("flush", errno=errno.EIO)
+    with pytest.raises(TargetError):
+        await bench.tracker.flush_target()
+    rule.release()
+    await bench.target.forget()
+    copying.release()
+    await eventually_async(lambda: bench.job.copier.in_flight_bytes == 0 or bench.job.held)
+    status = await bench.cut_over()
+    assert bench.job.copier.copied_bytes >= 2 * SIZE - UNIT
+    assert f"{5 * UNIT}" not in status.reason
+    await bench.assert_moved(status)
+
+
+# R14: the target never costs the guest more than the budget
+
+
+@pytest.mark.parametrize("how", ["hangs", "fails"])
+async def test_r14_a_mirrored_write_is_answered_from_the_source(
+    bench: CrashBench, how: str
+) -> None:
+    """Broken: `_outcome` waits for ever; `_both` raises the target's error."""
+    await bench.hold_mirroring()
+    if how == "hangs":
+        bench.at_target.hang("write")
+    else:
+        bench.at_target.fail("write", errno=errno.EIO)
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    await bench.write(0, NEW)
+    assert loop.time() - began_s < SMALL.target_budget_s + 2
+    assert not bench.tracker.mirroring
+    assert not bench.tracker.bitmap.clean(0, len(NEW))
+    began_s = loop.time()
+    await bench.write(0, NEWER)  # once only: the second one doesn't wait
+    assert loop.time() - began_s < SMALL.target_budget_s
+    await eventually_async(lambda: Event.TARGET_FAILED in story(bench))
+    bench.at_target.heal()
+    await bench.assert_moved(await bench.cut_over())
+
+
+async def test_r14_a_write_behind_a_copy_that_hangs(bench: CrashBench) -> None:
+    """The copier's lock is the target's, too. Broken: `_mirrored` waits for its lock for ever."""
+    copying = await bench.hold_copying(5, mode="mirror", cutover="manual")
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    await bench.write(5 * UNIT, NEW)
+    assert loop.time() - began_s < SMALL.target_budget_s + 2
+    await eventually_async(lambda: Event.TARGET_FAILED in story(bench))
+    copying.release()
+    await bench.assert_moved(await bench.cut_over())
+
+
+# R15: a commit whose outcome is not known
+
+
+async def _unknown_commit(bench: CrashBench, *, written: bool) -> None:
+    """Have the commit record's write fail, and the answer to it hang."""
+    await bench.begin(verify="none")
+    bench.at_files.fail("write_log:COMMIT", errno=errno.EIO, after=written)
+    answer = bench.at_files.hang("write_log:zeroes", "write_log:ABORT")
+    await bench.run_to(answer)
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["not-written", "written"])
+async def test_r15_both_sides_stay_equal_until_abort_is_durable(
+    bench: CrashBench, written: bool
+) -> None:
+    """Whatever the next process finds is true. Broken: `strict` is never set; `flush` flushes the
+    source alone."""
+    await _unknown_commit(bench, written=written)
+    assert bench.disk.backend is bench.source
+    await bench.write(0, NEW)
+    await bench.disk.flush()
+    await bench.write(UNIT, NEW, fua=True)
+    assert bench.target.fua_writes == bench.source.fua_writes == 1
+    await bench.kill(power=True)
+    found = await bench.recovered()
+    assert found.location == ("mem:target" if written else "mem:source")
+    assert await bench.content() == bytes(bench.expected)
+    await bench.assert_moved(await bench.finish())
+
+
+async def test_r15_a_side_that_fails_then_fails_the_guest(bench: CrashBench) -> None:
+    """Broken: `_strictly` ignores the target's error; `_strict_flush_failed` is forgotten."""
+    await _unknown_commit(bench, written=True)
+    bench.at_target.fail("write", "flush", errno=errno.EIO)
+    with pytest.raises(OSError, match="the target failed"):
+        await bench.disk.write(0, NEW)
+    bench.at_target.heal()
+    bench.at_target.fail("flush", errno=errno.EIO)
+    for _ in range(2):  # a retried flush proves nothing
+        with pytest.raises(OSError, match=r"error|failed"):
+            await bench.disk.flush()
+
+
+async def test_r15_abort_ends_it(bench: CrashBench) -> None:
+    """However long it takes to become durable, the target alone is never served. Broken: the
+    error of the append is taken for success."""
+    await bench.begin()
+    bench.at_files.fail("write_log:COMMIT", errno=errno.EIO, after=True)
+    answers = bench.at_files.fail("write_log:zeroes", "write_log:ABORT", errno=errno.EIO, times=3)
+    bench.run()
+    await answers.wait()
+    await bench.write(0, NEW)
+    status = await bench.finish()
+    assert status.phase is Phase.FAILED
+    assert "the commit record could not be made durable" in status.reason
+    assert bench.records() == ["PREP", "ABORT", "DONE"]
+    assert bench.disk.backend is bench.source
+    assert bench.names() == ["source"]
+    assert await bench.content() == bytes(bench.expected)
+
+
+# R16: no automatic way back
+
+
+@pytest.mark.parametrize("verb", ["cancel", "pause", "cutover", "limit"])
+async def test_r16_a_committed_move_cannot_be_taken_back(bench: CrashBench, verb: str) -> None:
+    """Broken: `_refuse_unless_reversible` lets everything pass."""
+    await bench.begin()
+    retire = bench.at_source.hang("retire")
+    await bench.run_to(retire)
+    arguments = (1,) if verb == "limit" else ()
+    with pytest.raises(RefusedError) as caught:
+        await getattr(bench.job, verb)(*arguments)
+    assert caught.value.code == "wrong-phase"
+    retire.release()
+    await bench.assert_moved(await bench.finish())
+
+
+async def test_r16_a_lost_target_is_not_replaced_by_the_source(bench: CrashBench) -> None:
+    """C13 has the kinds of loss. Broken: `_recover_committed` opens the source instead."""
+    await bench.begin()
+    await bench.run_to(bench.at_source.hang("retire"))
+    await bench.kill()
+    bench.shelf.rename("target", "elsewhere")
+    with pytest.raises(RefusedError) as caught:
+        await bench.recovered()
+    assert caught.value.code == "target-lost"
+    assert bench.at_source.count("open") == 0
+    assert parse(bench.log_path().read_bytes()).records[-1].kind.name == "COMMIT"
+    bench.shelf.rename("elsewhere", "target")
+    await bench.recovered()
+    assert bench.job.ledger.outcome.authority is Authority.TARGET
+    await bench.assert_moved(await bench.finish())
+
+
+# R17: completed means whole
+
+
+async def test_r17_a_write_that_was_cut_short_is_not_complete(on_files: CrashBench) -> None:
+    """A limit on file sizes first cuts a write short, and then fails it (EFBIG). Broken: a short
+    write counts as a whole one, in either of the two ways to write."""
+    bench = on_files
+    await bench.begin()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE - UNIT - 4096 - 1, hard))
+    try:
+        await bench.run_to_phase(Phase.PAUSED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "no space" in bench.job.migration.tell()
+    assert not bench.tracker.bitmap.clean(SIZE - UNIT - SIZE % UNIT, UNIT)
+    await bench.assert_moved(await bench.finish())
+
+
+# R18: requests of a dead connection
+
+
+async def test_r18_an_abandoned_mirrored_write_holds_back_a_new_one(bench: CrashBench) -> None:
+    """The old connection's write is still on its way to the target. Broken: `_mirrored` releases
+    its lock at once."""
+    bench.settings = PATIENT
+    await bench.hold_mirroring(verify="none")
+    leg = bench.at_target.hang("write")
+    old = bench.guest(bench.disk.write(0, NEW))
+    await leg.wait()
+    old.cancel()
+    await asyncio.wait((old,))
+    new = bench.guest(bench.write(0, NEWER))
+    await turns()
+    assert bench.at_source.count("write") == 1
+    leg.release()
+    await new
+    assert (await bench.both())[0][: len(NEW)] == NEWER
+    await bench.assert_moved(await bench.cut_over())
+
+
+UNORDERED = pytest.mark.xfail(strict=True, reason="only mirrored writes are put in order yet")
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        pytest.param("no job", marks=UNORDERED),
+        pytest.param("followed", marks=UNORDERED),
+        "mirrored",
+    ],
+)
+async def test_r18_a_write_still_on_its_way_to_the_source(bench: CrashBench, phase: str) -> None:
+    """The old connection is gone, its write isn't; the new connection's write must come last."""
+    bench.settings = PATIENT
+    if phase == "no job":
+        await bench.open()
+    elif phase == "followed":
+        await bench.hold_copying(16, cutover="manual")
+    else:
+        await bench.hold_mirroring(verify="none")
+    late = bench.at_source.hang("write")
+    old = bench.guest(bench.disk.write(0, NEW))
+    await late.wait()
+    new = bench.guest(bench.write(0, NEWER))
+    await turns()
+    late.release()
+    await asyncio.gather(old, new)
+    assert bytes(await bench.disk.read(0, len(NEW))) == NEWER
