@@ -114,6 +114,18 @@ def test_a_write_during_a_copy_stays_dirty() -> None:
     bitmap.validate()
 
 
+def test_what_is_taken_once_more_is_copied_with_what_was_written_meanwhile() -> None:
+    bitmap = fresh()
+    bitmap.mark_all()
+    assert bitmap.take(0, 4 * BLOCK) == (0, 4 * BLOCK)
+    bitmap.mark(BLOCK, BLOCK)
+    bitmap.retake(0, 4 * BLOCK)
+    bitmap.validate()
+    bitmap.copied(0, 4 * BLOCK)
+    assert bitmap.clean(0, 4 * BLOCK)
+    assert bitmap.todo() == bitmap.remaining() == SIZE - 4 * BLOCK
+
+
 def test_a_copy_of_part_of_a_block_cleans_nothing() -> None:
     bitmap = fresh()
     bitmap.mark_all()
@@ -249,6 +261,11 @@ class BitmapMachine(RuleBasedStateMachine):
         self.bitmap.put_back(*where)
         self.mapped |= touched(*where)
         self.todo |= touched(*where)
+
+    @rule(where=some_ranges)
+    def retake(self, where: tuple[int, int]) -> None:
+        self.bitmap.retake(*where)
+        self.todo -= inside(*where)
 
     @rule(where=some_ranges, keep=st.lists(some_ranges, max_size=3))
     def copied(self, where: tuple[int, int], keep: list[tuple[int, int]]) -> None:
