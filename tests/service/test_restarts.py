@@ -212,7 +212,7 @@ def test_detach(daemon: Daemon, disk: Path) -> None:
 
 def test_detach_while_it_moves(daemon: Daemon, disk: Path, tmp_path: Path) -> None:
     daemon.attach("vm", disk)
-    daemon.move("vm", tmp_path / "moved.raw", "--limit", SLOW)
+    daemon.move("vm", tmp_path / "moved.raw", "--limit", "64KiB")  # for minutes
     for options in ([], ["--force"]):
         refused = daemon.run("detach", "vm", *options, "--json")
         assert refused.returncode == 4
