@@ -146,7 +146,8 @@ async def _demo(folder: Path, client: Client, size: int, story: Story) -> int:
     guest = Guest(folder / "run" / "nbd" / f"{NAME}.sock", NAME)
     await guest.start()
     story.tell("a guest writes numbered blocks to it, and goes on doing so")
-    job = client.move(NAME, MoveRequest(str(target), limit=int(size / COPY_S)))
+    wanted = MoveRequest(str(target), limit=int(size / COPY_S))
+    job = await asyncio.to_thread(client.move, NAME, wanted)
     writes_before = guest.writes
     story.tell(f"moving it to {target}, at most {format_bytes(size / COPY_S)}/s to be seen")
     job = await _watch(client, job, story)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -181,6 +182,7 @@ async def _live(options: argparse.Namespace) -> int:
         log.error("refused %s", fields(disk=options.name, reason=problem.message))
         _report(options.report_fd, Report(problem))
         return REFUSED_EXIT_CODE
+    gc.freeze()  # what is there now stays: no collection looks at it again while guests wait
     _report(options.report_fd, Report())
     log.info("ready %s", fields(disk=options.name))
     await process.run()
