@@ -128,7 +128,6 @@ class WriteTracker:
 
     async def flush(self) -> None:
         """Make the source durable (R10); both sides while the commit's outcome is unknown."""
-        strict = self.strict
         flush = self._source_unflushed.begin()
         good = False
         try:
@@ -139,7 +138,7 @@ class WriteTracker:
             raise
         finally:
             self._source_unflushed.end(flush, good=good)
-        if strict or self.strict:
+        if self.strict:  # if it ended meanwhile, ABORT is durable and the source alone counts
             await self._flush_strictly()
 
     def dirty_extents(self, offset: int, length: int) -> list[Extent]:
