@@ -51,6 +51,7 @@ class Connection(asyncio.BufferedProtocol):
         self.bytes_out = 0
         self.charged_bytes = 0  # what the server counts as held by this connection
         self.session: Session | None = None
+        self._behind: set[Connection] = set()  # gone, with requests that must end before ours
         self._server = server
         self._door = server.door
         self._limits = server.limits
@@ -98,6 +99,7 @@ class Connection(asyncio.BufferedProtocol):
             return False
         self.session.ended = True
         self.session.abandon()
+        self._leave()
         self.close_if_done()
         return True
 
@@ -119,6 +121,7 @@ class Connection(asyncio.BufferedProtocol):
                 timer.cancel()
         if self.session is not None:
             self.session.abandon()
+            self._leave()
             self._account()
             logger.info(
                 "left client=%d requests=%d in_flight=%d",
@@ -129,6 +132,13 @@ class Connection(asyncio.BufferedProtocol):
         self._server.forget(self)
 
     # For the server.
+
+    def left_behind(self, gone: Connection) -> None:
+        """Note that the last request of a connection that is gone has ended."""
+        self._behind.discard(gone)
+        if not self._behind and self._paused:
+            self.pump()
+            self._steer()
 
     @property
     def has_unsent(self) -> bool:
@@ -168,7 +178,7 @@ class Connection(asyncio.BufferedProtocol):
     def pump(self) -> None:
         """Take and start the requests that have come, one batch of them."""
         session, inbox = self.session, self._inbox
-        if session is None or self._closing:
+        if session is None or self._closing or self._behind:
             return
         try:
             requests = session.take(self._server.room(self))
@@ -212,7 +222,11 @@ class Connection(asyncio.BufferedProtocol):
             self.session = Session(self._server.export, handshake.agreed, self._inbox, self._limits)
             self._server.entered(self)
             logger.info("came client=%d structured=%s", self.id, self.session.structured)
-            self.pump()
+            self._behind = self._server.leaving
+            if self._behind:
+                self._steer()
+            else:
+                self.pump()
 
     # Requests.
 
@@ -255,7 +269,16 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._answer(request, value)
         session.done(1, cost(request))
+        if session.ended and not session.in_flight:
+            self._server.settled(self)
         self._work_soon()  # others may end in this turn of the loop
+
+    def _leave(self) -> None:
+        """Have those that come now wait for what this connection still has in flight."""
+        session = cast(Session, self.session)
+        session.ended = True
+        if session.in_flight:
+            self._server.leave(self)
 
     def _work_soon(self) -> None:
         if not self._work_planned:
@@ -361,7 +384,8 @@ class Connection(asyncio.BufferedProtocol):
         if session is None or transport is None or self._closing:
             return
         pause = (
-            session.blocked
+            bool(self._behind)
+            or session.blocked
             or session.ended
             or self._unread_bytes() >= self._limits.unread_bytes_max
         )

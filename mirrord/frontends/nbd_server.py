@@ -63,6 +63,7 @@ class NbdServer:
         self._connections: dict[Connection, None] = {}  # oldest first
         self._handshakes: dict[Connection, None] = {}  # oldest first
         self._waiting: dict[Connection, None] = {}  # for room, first come first served
+        self._leaving: set[Connection] = set()  # gone, with requests still in flight
         self._held_bytes = 0
         self._waking = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -200,6 +201,23 @@ class NbdServer:
     def entered(self, connection: Connection) -> None:
         """Note that a connection's handshake is over."""
         self._handshakes.pop(connection, None)
+
+    @property
+    def leaving(self) -> set[Connection]:
+        """Those that are gone and have requests in flight. A client that comes back sends its
+        requests again and then newer ones, which the old ones must not overtake (rule R18)."""
+        return set(self._leaving)
+
+    def leave(self, connection: Connection) -> None:
+        """Note that a connection is gone while it has requests in flight."""
+        self._leaving.add(connection)
+
+    def settled(self, connection: Connection) -> None:
+        """Note that a connection that is gone has nothing in flight any more."""
+        if connection in self._leaving:
+            self._leaving.discard(connection)
+            for other in list(self._connections):
+                other.left_behind(connection)
 
     def forget(self, connection: Connection) -> None:
         """Note that a connection is gone."""

@@ -258,6 +258,32 @@ async def test_n14_an_end_of_file_is_a_goodbye_too(serve: Serve) -> None:
     assert len(await client.closed()) == 20
 
 
+async def test_r18_a_new_connection_waits_for_what_a_dead_one_has_in_flight(serve: Serve) -> None:
+    """A guest that reconnects sends its write again, then a newer one. The old one comes last on a
+    slow disk, and must not undo the newer one."""
+    serving = await serve()
+    door = serving.door
+    old = await serving.enter()
+    door.close_gate("write")
+    old.send(WRITE, 0, data=b"a" * 512)
+    await door.until(started=1)
+    old.close()
+    await serving.alone()
+    new = await serving.enter()
+    new.send(WRITE, 0, cookie=1, data=b"a" * 512)
+    new.send(WRITE, 0, cookie=2, data=b"b" * 512)
+    other = await serving.enter()  # so does everybody else who comes now
+    other.send(READ, 0, 1, cookie=3)
+    assert door.started.total() == 1
+    door.open_gate()
+    assert {(await new.answer()).cookie, (await new.answer()).cookie} == {1, 2}
+    assert (await other.answer(1)).cookie == 3
+    assert [entry[0] for entry in door.log[:2]] == ["write", "write"]
+    assert bytes(door.data[:512]) == b"b" * 512
+    new.close()
+    other.close()
+
+
 @pytest.mark.parametrize("length", [4096, 500_000])
 async def test_r18_requests_of_a_dead_connection_run_to_their_end(
     serve: Serve, length: int
