@@ -110,8 +110,7 @@ class Disk:
             if backend is self.backend:
                 self.flush_failed = True
             raise
-        if backend is self.backend:
-            self._refuse_after_failed_flush()
+        self._refuse_after_failed_flush()  # of either side: a pivot may have come between
 
     async def cache(self, offset: int, length: int) -> None:
         """Bring the range near. Has no effect that a guest could rely on."""
