@@ -8,6 +8,7 @@ needs them: `mirrord ls` is typed often and has to be quick.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from enum import StrEnum
@@ -32,6 +33,8 @@ _CLICK_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 EXIT_INTERRUPTED = 130  # as shells report SIGINT
 EXIT_TIMED_OUT = 124  # as timeout(1)
 EXIT_OF_PHASE = {"done": 0, "failed": 1, "cancelled": 3}
+
+_at_end = contextlib.ExitStack()  # what `main` closes, however a command ends
 
 app = typer.Typer(
     name="mirrord",
@@ -382,7 +385,9 @@ def _client(socket: Path | None) -> Client:
         from mirrord.service.config import default_socket
 
         socket = default_socket()
-    return Client(socket.absolute())
+    client = Client(socket.absolute())
+    _at_end.callback(client.close)
+    return client
 
 
 def _running_job(client: Client, name: str, verb: str) -> str:
@@ -412,7 +417,11 @@ def _complain(code: str, message: str, json: bool) -> None:
 
 def main() -> int:
     """Run the command line and return its exit code."""
-    json = "--json" in sys.argv[1:]
+    with _at_end:
+        return _run("--json" in sys.argv[1:])
+
+
+def _run(json: bool) -> int:
     try:
         result = app(standalone_mode=False)
         sys.stdout.flush()

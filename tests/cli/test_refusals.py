@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mirrord.cli import main
 from mirrord.storage import durable
+from tests.cli.running import run
 from tests.daemon import Daemon
 from tests.helpers import require_loop_devices
 
@@ -53,13 +52,14 @@ def everything(daemon: Daemon) -> dict[str, str]:
 def refuse(daemon: Daemon, code: str, *words: str | Path, status: int = 4) -> str:
     """Run a command that has to be refused with `code`; return its message."""
     before = everything(daemon)
-    done = daemon.run(*words)
-    assert (done.returncode, done.stdout) == (status, ""), done
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("mirrord: ")
-    as_json = daemon.run(*words, "--json")
-    assert (as_json.returncode, as_json.stdout) == (status, "")
-    problem = json.loads(as_json.stderr)
+    options = () if "--socket" in words else ("--socket", daemon.socket)
+    code_returned, out, error = run(*words, *options)
+    assert (code_returned, out) == (status, ""), error
+    assert error.count("\n") == 1, error
+    assert error.startswith("mirrord: ")
+    code_returned, out, error = run(*words, *options, "--json")
+    assert (code_returned, out) == (status, "")
+    problem = json.loads(error)
     assert problem["code"] == code, problem
     assert everything(daemon) == before, "something was changed"
     assert "Traceback" not in daemon.log()
@@ -233,27 +233,14 @@ def test_options_that_come_later(served: Daemon) -> None:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_wrong_usage(
-    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_usage(words: tuple[str, ...]) -> None:
     """None of these comes as far as a daemon: the socket leads nowhere, and that isn't told."""
-    monkeypatch.setenv("MIRRORD_SOCKET", "/nowhere/control.sock")
-    for extra in ([], ["--json"]):
-        monkeypatch.setattr(sys, "argv", ["mirrord", *words, *extra])
-        assert main() == 2
-        told = capsys.readouterr()
-        assert told.out == ""
-        assert told.err.count("\n") == 1
-        if extra:
-            assert json.loads(told.err)["code"] == "usage"
-        else:
-            assert told.err.startswith("mirrord: ")
-
-
-def test_wrong_usage_needs_no_daemon(tmp_path: Path, served: Daemon) -> None:
-    nowhere = tmp_path / "nowhere.sock"
-    assert served.run("limit", "vm", "fast", "--socket", nowhere).returncode == 2
-    assert served.run("show", "a/b", "--socket", nowhere).returncode == 2
+    code, out, error = run(*words, "--socket", "/nowhere/control.sock")
+    assert (code, out) == (2, ""), error
+    assert error.count("\n") == 1
+    assert error.startswith("mirrord: ")
+    code, out, error = run(*words, "--socket", "/nowhere/control.sock", "--json")
+    assert (code, out, json.loads(error)["code"]) == (2, "", "usage")
 
 
 def test_no_daemon(tmp_path: Path, served: Daemon) -> None:
