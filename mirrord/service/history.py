@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from mirrord.core import journal
 from mirrord.errors import DamagedError
 from mirrord.service.state import (
     Directories,
+    DiskRecord,
     JobRecord,
     forget_job,
     read_record,
@@ -101,24 +103,33 @@ def _time(seconds: float | None) -> str | None:
     return moment.isoformat(timespec="microseconds")
 
 
-def concerns(directories: Directories, job_id: str, disk: str) -> bool:
+def concerns(directories: Directories, job_id: str, disk: DiskRecord) -> bool:
     """Tell whether a damaged job may hold the truth about `disk`, so that it can't be served.
 
-    Its record names the disk if it can be read; else its journal decides: a job that never came
-    to its first record, or that has ended, is of no consequence to anybody.
+    Its record names the disk, if it can be read. Else the journal decides: a job that never came
+    to its first record, or that has ended, is of no consequence to anybody; another is of this
+    disk if the disk lies where that job came from or goes to. In doubt it is.
     """
     directory = directories.job(job_id)
     try:
-        return read_record(directory / "job.json", JobRecord).disk == disk
+        return read_record(directory / "job.json", JobRecord).disk == disk.name
     except (DamagedError, FileNotFoundError):
         pass
     try:
         outcome = read_outcome(directory / "log")
-    except DamagedError:
+        status = os.stat(disk.location)
+    except (DamagedError, OSError):
         return True
     if outcome.prep is None or outcome.finished:
         return False
-    return bool(outcome.prep.get("disk", disk) == disk)
+    is_block = stat.S_ISBLK(status.st_mode)
+    # not st_dev of a file: it may be another one after a boot
+    own = ("block", status.st_rdev) if is_block else ("file", status.st_ino)
+    ends = (outcome.prep["source"], outcome.prep["target"])
+    return any(
+        own == (end["kind"], end["device"] if end["kind"] == "block" else end["inode"])
+        for end in ends
+    )
 
 
 def write_ended(directories: Directories, job: Job) -> None:

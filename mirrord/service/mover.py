@@ -115,7 +115,7 @@ class Mover:
             try:
                 entry = history.read_job(self._directories, job_id)
             except DamagedError:
-                if history.concerns(self._directories, job_id, self._record.name):
+                if history.concerns(self._directories, job_id, self._record):
                     raise
                 continue
             if entry.record.disk == self._record.name:

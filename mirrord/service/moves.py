@@ -327,7 +327,7 @@ class Moves:
             ended = [each.job for each in self._moves.values() if each.standing == "ended"]
             for job_id in history.drop_oldest(self._directories, ended):
                 del self._moves[job_id]
-        except OSError as error:
+        except (OSError, MirrordError) as error:
             log.warning("outcome not written %s", fields(job=move.record.id, error=error))
 
     def conclude(self, move: Move, phase: PhaseName, reason: str) -> None:

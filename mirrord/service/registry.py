@@ -115,7 +115,10 @@ class Registry:
             await self._attach_settled(attached)
         except MirrordError as error:
             log.info("attach refused %s", fields(disk=name, reason=error))
-            await self._undo_attach(attached, name)
+            try:
+                await self._undo_attach(attached, name)
+            except OSError as failure:
+                log.error("attach not undone %s", fields(disk=name, error=failure))
 
     def _keep(self, name: str, record: DiskRecord) -> _Attached:
         process = DiskProcess(
@@ -233,9 +236,15 @@ class Registry:
         if attached.process is not None and attached.task is not None:
             attached.process.end_now()
             await asyncio.wait([attached.task], timeout=DETACH_DEADLINE_S)
-        if self._directories.disk(name).exists():
-            await asyncio.to_thread(state.forget_disk, self._directories, name)
-        self._disks.pop(name, None)
+        await self._forget(name)
+
+    async def _forget(self, name: str) -> None:
+        """Remove what is left of a disk that nobody serves."""
+        try:
+            if self._directories.disk(name).exists():
+                await asyncio.to_thread(state.forget_disk, self._directories, name)
+        finally:
+            self._disks.pop(name, None)
 
     async def _attach_settled(self, attached: _Attached) -> None:
         process = attached.process
@@ -280,9 +289,7 @@ class Registry:
             await self._ended(attached, name)
         if move is not None:
             self._moves.conclude(move, "failed", "its disk was detached by force")
-        if self._directories.disk(name).exists():
-            await asyncio.to_thread(state.forget_disk, self._directories, name)
-        self._disks.pop(name, None)
+        await self._forget(name)
         log.info("detached %s", fields(disk=name))
         return msgspec.structs.replace(shown, state="detached", reason=None, clients=0)
 

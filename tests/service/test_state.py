@@ -174,16 +174,28 @@ def test_damage_is_named(directories: Directories) -> None:
         history.read_job(directories, "2")
 
 
-def test_whom_a_damaged_job_concerns(directories: Directories) -> None:
-    directory = add_job(directories, Kind.PREP)
-    assert history.concerns(directories, "1", "vm")
-    assert not history.concerns(directories, "1", "other")
+def test_whom_a_damaged_job_concerns(directories: Directories, tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in ("source", "target", "other")}
+    for path in paths.values():
+        path.write_bytes(b"x")
+    ends = {
+        name: {"kind": "file", "device": 1, "inode": paths[name].stat().st_ino, "size": 1}
+        for name in ("source", "target")
+    }
+    disk = {name: DiskRecord("d", str(path)) for name, path in paths.items()}
+    directory = add_job(directories, Kind.PREP, **ends)
+    assert history.concerns(directories, "1", DiskRecord("vm", "/x"))
+    assert not history.concerns(directories, "1", disk["source"]), "the record names another"
     (directory / "job.json").write_bytes(b"?")
-    assert history.concerns(directories, "1", "other"), "it may be anybody's"
+    assert history.concerns(directories, "1", disk["source"])
+    assert history.concerns(directories, "1", disk["target"])
+    assert not history.concerns(directories, "1", disk["other"])
+    assert history.concerns(directories, "1", DiskRecord("d", str(tmp_path / "gone"))), "in doubt"
+    assert not history.concerns(directories, "1", DiskRecord("d", "/dev/null"))
     (directory / "log").write_bytes(b"short")
-    assert history.concerns(directories, "1", "other")
+    assert history.concerns(directories, "1", disk["other"])
     (directory / "log").unlink()
-    assert not history.concerns(directories, "1", "vm"), "it never began"
+    assert not history.concerns(directories, "1", disk["source"]), "it never began"
 
 
 def test_the_oldest_ended_jobs_are_forgotten(
