@@ -14,7 +14,10 @@ from tests.daemon import Daemon
 
 PSS_BYTES_MAX = 40 * MIB
 READY_S_MAX = 0.5
-TRIES = 5  # the best counts: other tests run beside this one
+# Beside other tests the clock measures them as well; a process's own work it doesn't. What is
+# left of the half second is for storage.
+READY_CPU_S_MAX = 0.45
+TRIES = 5  # the best counts
 
 # What a disk process has no use for; each costs megabytes.
 HEAVY = {"aiohttp", "typer", "rich", "smbprotocol", "cryptography", "prometheus_client"}
@@ -49,11 +52,14 @@ def test_a_disk_is_ready_soon(daemon: Daemon, tmp_path: Path) -> None:
         directory.mkdir()
         (directory / "attach.json").write_text(f'{{"name": "{name}", "location": "{disk}"}}')
         taken_s.append(start_alone(name, state, runtime))
-    assert min(taken_s) <= READY_S_MAX, taken_s
+    best_s, best_cpu_s = map(min, zip(*taken_s, strict=True))
+    assert best_cpu_s <= READY_CPU_S_MAX, taken_s
+    if os.getloadavg()[0] < (os.cpu_count() or 1):
+        assert best_s <= READY_S_MAX, taken_s
 
 
-def start_alone(name: str, state: Path, runtime: Path) -> float:
-    """Start a disk process as the daemon does; return how long it takes to report."""
+def start_alone(name: str, state: Path, runtime: Path) -> tuple[float, float]:
+    """Start a disk process as the daemon does; return the time until it reports, and its work."""
     path = runtime / "nbd" / f"{name}.sock"
     report, writer = os.pipe()
     with socket.socket(socket.AF_UNIX) as listener:
@@ -72,10 +78,17 @@ def start_alone(name: str, state: Path, runtime: Path) -> float:
         os.close(writer)
         assert os.read(report, 65536) == b'{"refused":null}'
         taken_s = time.monotonic() - began_s
+        cpu_s = cpu_seconds(process.pid)
         os.close(report)
         process.terminate()
         assert process.wait(10) == 0
-    return taken_s
+    return taken_s, cpu_s
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_nothing_heavy_is_imported() -> None:
