@@ -33,6 +33,7 @@ class SimFile:
         self.versions: dict[int, list[tuple[int, bytes]]] = {}
         self.forgettable: set[int] = set()  # a failed flush lost these; the cache still has them
         self.allocated: set[int] = {b for b in range(self.blocks) if any(self.block(b))}
+        self.unseen_in = 0  # the life in which a flush failed and nobody was told yet
         self.open_in: dict[SimBackend, int] = {}  # who has it open, in which life
         world.survivors.append(self)
 
@@ -65,6 +66,7 @@ class SimFile:
     def sync_failed(self, tick: int) -> None:
         """Some blocks reach the platter, the others are forgotten, and nobody will know."""
         self.world.flush_failed(self)
+        self.unseen_in = self.world.life
         for index in list(self.versions):
             kept = []
             lands = self.world.random() < 0.3
@@ -77,6 +79,10 @@ class SimFile:
                 self.versions[index] = kept
             elif not lands:
                 self.forgettable.add(index)
+
+    def told(self) -> None:
+        if not self.world.dead:
+            self.unseen_in = 0
 
     def forget(self) -> None:
         """The cache drops some of what a failed flush has lost: the old content is back."""
@@ -101,6 +107,7 @@ class SimFile:
                 self.platter[index * BLOCK : index * BLOCK + len(data)] = data
         self.versions.clear()
         self.forgettable.clear()
+        self.unseen_in = 0
         self.view[:] = self.platter
 
 
@@ -229,13 +236,20 @@ class SimBackend(Backend):
         await self._sync(None)
 
     async def _sync(self, only: range | None) -> None:
-        tick = self.world.tick()
-        await self._call(
-            "flush",
-            [lambda: self.file.sync(tick, only)],
-            failed=lambda: self.file.sync_failed(tick),
-            told="" if only is None else only,
-        )
+        tick, file = self.world.tick(), self.file
+        try:
+            await self._call(
+                "flush",
+                [lambda: file.sync(tick, only)],
+                failed=lambda: file.sync_failed(tick),
+                told="" if only is None else only,
+            )
+        except OSError:
+            self.world.loop.call_soon(file.told)  # once the caller has acted on it
+            raise
+        if 0 < file.unseen_in < self.world.life:  # Linux tells the next one who opens the file
+            file.unseen_in = 0
+            raise OSError(errno.EIO, "a flush had failed before this process began")
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         found: list[Extent] = []

@@ -70,7 +70,9 @@ class SimPlace(Place):
         await self._sync()
         return self._open(file)
 
-    async def find(self, job_id: str, identity: Identity, *, cache: Cache) -> Backend | None:
+    async def find(
+        self, job_id: str, identity: Identity, *, cache: Cache, same_boot: bool = False
+    ) -> Backend | None:
         await self._sync()
         await self._step("find")
         for name in (self.part(job_id), self.name):
@@ -108,7 +110,7 @@ class SimPlace(Place):
         await self._step("withdraw", rename)
         await self._sync()
 
-    async def discard(self, job_id: str) -> None:
+    async def discard(self, job_id: str, identity: Identity | None = None) -> None:
         if self.device:
             return
         self._must_not_be_committed("discard")
@@ -116,8 +118,9 @@ class SimPlace(Place):
 
         def unlink(name: str) -> None:
             file = names.get(name)
-            if file is not None:
-                self.directory.change(name, None, file)
+            if file is None or (name == self.name and identity and not self._is(file, identity)):
+                return
+            self.directory.change(name, None, file)
 
         for name in (self.part(job_id), self.name):
             await self._step("discard", lambda name=name: unlink(name))
