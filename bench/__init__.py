@@ -1,0 +1,1 @@
+"""Measurements beside what people use today: `python -m bench [SCENARIO …]`."""

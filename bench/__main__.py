@@ -1,0 +1,106 @@
+"""Run scenarios: every server or tool in turn, several rounds after a warm-up, medians and ratios.
+
+    python -m bench                 all scenarios
+    python -m bench nbd --rounds 7  one of them
+
+Results are printed as a table and kept in `bench/results/SCENARIO.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from bench import scenarios
+from bench.servers import MissingPeerError
+
+RESULTS = Path(__file__).parent / "results"
+BUSY_LOAD = 0.5  # of the cores: above it the figures are said to be from a busy machine
+
+
+def main() -> int:
+    """Run what was asked for; exit 2 for an unknown scenario or too little space."""
+    parser = argparse.ArgumentParser(prog="python -m bench")
+    parser.add_argument("scenario", nargs="*", metavar="SCENARIO")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where the disks lie (default: /tmp)")
+    asked = parser.parse_args()
+    unknown = [name for name in asked.scenario if name not in scenarios.ALL]
+    if unknown:
+        parser.error(f"no scenario {unknown[0]!r}; there are {', '.join(scenarios.ALL)}")
+    for name in asked.scenario or scenarios.ALL:
+        with tempfile.TemporaryDirectory(prefix="mb-", dir=asked.folder) as folder:
+            space = os.statvfs(folder)
+            if space.f_bavail * space.f_frsize < scenarios.SPACE_BYTES:
+                need = scenarios.SPACE_BYTES >> 30
+                print(f"{folder} has less than the {need} GiB that are needed", file=sys.stderr)
+                return 2
+            report(name, scenarios.ALL[name], Path(folder), asked.rounds)
+    return 0
+
+
+def report(name: str, scenario: scenarios.Scenario, folder: Path, rounds: int) -> None:
+    """Measure, print and keep."""
+    figures: dict[str, dict[str, list[float]]] = {}
+    missing: set[str] = set()
+    before = os.getloadavg()[0]
+    for number in range(rounds + 1):
+        for peer, measure in scenario.peers.items():
+            if peer not in missing:
+                _one(figures, missing, peer, measure, folder, counted=number > 0)
+    print(f"\n{name}: {scenario.title} ({scenario.unit}; median of {rounds}, and least to most)")
+    _table(figures, missing, scenario)
+    busy = before > BUSY_LOAD * (os.cpu_count() or 1)
+    print(f"{platform.release()}, Python {platform.python_version()}, load {before:.2f} before")
+    if busy:
+        print("the machine was busy: read the ratios, not the figures")
+    RESULTS.mkdir(exist_ok=True)
+    kept = {"figures": figures, "unit": scenario.unit, "load": before, "rounds": rounds}
+    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1))
+
+
+def _one(
+    figures: dict[str, dict[str, list[float]]],
+    missing: set[str],
+    peer: str,
+    measure: Callable[[Path], dict[str, float]],
+    folder: Path,
+    *,
+    counted: bool,
+) -> None:
+    try:
+        measured = measure(folder)
+    except MissingPeerError as error:
+        missing.add(peer)
+        print(f"{peer} is left out: {error} is not installed", file=sys.stderr)
+        return
+    for row, figure in measured.items() if counted else ():
+        figures.setdefault(row, {}).setdefault(peer, []).append(figure)
+
+
+def _table(
+    figures: dict[str, dict[str, list[float]]], missing: set[str], scenario: scenarios.Scenario
+) -> None:
+    peers = [peer for peer in scenario.peers if peer not in missing]
+    first = peers[0]
+    print(f"{'':28}" + "".join(f"{peer:>30}" for peer in peers))
+    for row, by_peer in figures.items():
+        line = f"{row:28}"
+        for peer in peers:
+            values = by_peer[peer]
+            line += f"{median(values):14,.1f} ({min(values):,.1f}-{max(values):,.1f})".rjust(30)
+        ratios = [
+            f"{median(by_peer[first]) / median(by_peer[peer]):.2f} of {peer}" for peer in peers[1:]
+        ]
+        print(line + "   " + ", ".join(ratios))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
