@@ -34,6 +34,7 @@ class Rule:
     errno: int | None  # None: hang
     after: bool  # the operation itself is done first
     within: range | None
+    delay_s: float = 0.0
     seen: int = 0
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     released: asyncio.Event = field(default_factory=asyncio.Event)
@@ -90,6 +91,10 @@ class Faults:
         """Hold calls, before or after their effect, until the rule is released."""
         return self._add(Rule(operations, at, times, None, after, within))
 
+    def delay(self, *operations: str, seconds: float) -> Rule:
+        """Make calls slow."""
+        return self._add(Rule(operations, 1, FOR_EVER, None, False, None, delay_s=seconds))
+
     def heal(self) -> None:
         """Let everything work again, and release what hangs."""
         for rule in self._rules:
@@ -145,7 +150,10 @@ class Faults:
         rule.reached.set()
         if rule.errno is not None:
             raise OSError(rule.errno, os.strerror(rule.errno))
-        await rule.released.wait()
+        if rule.delay_s:
+            await asyncio.sleep(rule.delay_s)  # the fault itself, not a wait for anything
+        else:
+            await rule.released.wait()
         if not rule.after:
             result = await work()
         self.trace.append(f"{self.who}.{operation}")

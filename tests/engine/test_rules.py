@@ -681,26 +681,12 @@ async def test_r18_an_abandoned_mirrored_write_holds_back_a_new_one(bench: Crash
     await bench.assert_moved(await bench.cut_over())
 
 
-UNORDERED = pytest.mark.xfail(strict=True, reason="only mirrored writes are put in order yet")
-
-
-@pytest.mark.parametrize(
-    "phase",
-    [
-        pytest.param("no job", marks=UNORDERED),
-        pytest.param("followed", marks=UNORDERED),
-        "mirrored",
-    ],
-)
-async def test_r18_a_write_still_on_its_way_to_the_source(bench: CrashBench, phase: str) -> None:
-    """The old connection is gone, its write isn't; the new connection's write must come last."""
+async def test_r18_a_mirrored_write_still_on_its_way_to_the_source(bench: CrashBench) -> None:
+    """The same lock orders them at the source. (Writes that are not mirrored have no lock: there a
+    new connection waits for what dead ones have in flight, and is tested with the frontend.)
+    Broken: `Locks.acquire_within` grants."""
     bench.settings = PATIENT
-    if phase == "no job":
-        await bench.open()
-    elif phase == "followed":
-        await bench.hold_copying(16, cutover="manual")
-    else:
-        await bench.hold_mirroring(verify="none")
+    await bench.hold_mirroring(verify="none")
     late = bench.at_source.hang("write")
     old = bench.guest(bench.disk.write(0, NEW))
     await late.wait()
@@ -708,4 +694,4 @@ async def test_r18_a_write_still_on_its_way_to_the_source(bench: CrashBench, pha
     await turns()
     late.release()
     await asyncio.gather(old, new)
-    assert bytes(await bench.disk.read(0, len(NEW))) == NEWER
+    assert [side[: len(NEW)] for side in await bench.both()] == [NEWER, NEWER]
