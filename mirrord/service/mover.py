@@ -98,7 +98,7 @@ class Mover:
         if unfinished is not None:
             await self._recover(unfinished)
         else:
-            self._place = self._places.make(self._record.location)
+            self._place = self._places.make(self._record.location, self._record.size)
             backend = await self._place.open(read_only=self._record.read_only, cache=self._cache)
             self.disk = Disk(self._record.name, backend, read_only=self._record.read_only)
         for record in unborn:  # C0: what a start that came to no record may have left
@@ -132,8 +132,9 @@ class Mover:
         directory = self._directories.job(record.id)
         outcome = await asyncio.to_thread(history.read_outcome, directory / "log")
         assert outcome.prep is not None  # or the job would not count as unfinished
-        store = await self._store(record.id, outcome.prep["source"]["size"])
-        places = self._both(record)
+        size: int = outcome.prep["source"]["size"]
+        store = await self._store(record.id, size)
+        places = self._both(record, size)
         recovered = await recovery.recover(
             self._record.name, places, store, _request(record), self._surroundings()
         )
@@ -158,10 +159,9 @@ class Mover:
             region_bytes=self._settings.region_bytes,
         )
 
-    def _both(self, record: JobRecord) -> Places:
-        return Places(
-            self._places.make(record.source), self._places.make(record.target), self._cache
-        )
+    def _both(self, record: JobRecord, size: int) -> Places:
+        source, target = (self._places.make(each, size) for each in (record.source, record.target))
+        return Places(source, target, self._cache)
 
     def _surroundings(self) -> Surroundings:
         return Surroundings(
@@ -207,7 +207,7 @@ class Mover:
 
     async def _moved(self, location: str) -> None:
         """Make it durable that the disk is at `location` now."""
-        self._record = msgspec.structs.replace(self._record, location=location)
+        self._record = msgspec.structs.replace(self._record, location=location, size=self.disk.size)
         path = self._directories.disk(self._record.name) / "disk.json"
         await asyncio.to_thread(state.write_record, path, self._record)
 

@@ -27,6 +27,9 @@ _LATER = {
     "mirrord": "another host",
     "mem": "a memory disk",  # for tests of the engine; it would not outlive its process
 }
+# What a killed disk process had in flight may hold its files, and their locks, a moment longer
+# than it lived; its successor must not take that for another program.
+PATIENCE_S = 1.0
 PATH_BYTES_MAX = 4095  # PATH_MAX without its terminating zero
 
 
@@ -89,8 +92,11 @@ class PlaceFactory:
     def __init__(self) -> None:
         self._io: FileIo | None = None
 
-    def make(self, location: str) -> Place:
-        """Return the place that a checked location names; nothing is touched yet."""
+    def make(self, location: str, size: int | None = None) -> Place:
+        """Return the place that a checked location names; nothing is touched yet.
+
+        `size` is the disk's where it may lie on a larger device.
+        """
         from mirrord.storage.fileio import open_io
 
         if self._io is None:
@@ -98,10 +104,14 @@ class PlaceFactory:
         if _is_device(location):
             from mirrord.storage.block import BlockPlace
 
-            return BlockPlace(location, self._io)
+            device = BlockPlace(location, self._io, size=size)
+            device.patience_s = PATIENCE_S
+            return device
         from mirrord.storage.file_place import FilePlace
 
-        return FilePlace(location, self._io)
+        file = FilePlace(location, self._io)
+        file.patience_s = PATIENCE_S
+        return file
 
 
 def _is_device(location: str) -> bool:

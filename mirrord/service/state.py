@@ -41,6 +41,7 @@ class DiskRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     location: str
     cache: CacheMode = "writeback"
     read_only: bool = False
+    size: int | None = None  # once it was moved: the guest's, which a larger device doesn't change
     version: int = VERSION
 
 

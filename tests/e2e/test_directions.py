@@ -114,6 +114,25 @@ def test_a_disk_moves_in_every_direction(
         assert allocated < SIZE_BYTES * 3 // 4, "a sparse disk became a full one"
 
 
+def test_a_larger_device_does_not_make_the_disk_larger(
+    daemon: Daemon, tmp_path: Path, make_loop: MakeLoop
+) -> None:
+    source, back = tmp_path / "source.raw", tmp_path / "back.raw"
+    device = make_loop(tmp_path / "device.backing", 2 * SIZE_BYTES)
+    fill(source, SIZE_BYTES)
+    before = read_all(source, SIZE_BYTES)
+    daemon.attach("vm", source)
+    daemon.move("vm", device)
+    daemon.wait("vm")
+    daemon.expect_log("restarting disk process")
+    daemon.kill_disk("vm")  # the next process knows the device, and the size from its record
+    assert daemon.json("show", "vm")["size"] == SIZE_BYTES
+    daemon.move("vm", back)
+    daemon.wait("vm")
+    assert back.stat().st_size == SIZE_BYTES
+    assert read_all(back, SIZE_BYTES) == before
+
+
 @pytest.mark.parametrize("size_bytes", [1, 511, 4097, 3 * MIB + 513])
 def test_any_size_moves(daemon: Daemon, tmp_path: Path, size_bytes: int) -> None:
     source, target = tmp_path / "source.raw", tmp_path / "folder"
