@@ -210,6 +210,7 @@ class CrashBench(Bench):
 
     async def checkpoint(self) -> None:
         """Clear the marks of what is equal, as the housekeeping does now and then."""
+        await eventually_async(lambda: self.tracker.source_flushed, DEADLINE_S, "source flushed")
         await self.disk.flush()
         await self.tracker.checkpoint()
 

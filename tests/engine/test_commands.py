@@ -252,7 +252,7 @@ async def test_a_changed_limit_acts_at_once(tmp_path: Path) -> None:
 async def test_a_lower_limit_acts_at_once(tmp_path: Path) -> None:
     bench = CrashBench(tmp_path, BURST_BYTES + 8 * UNIT, settings=HELD)
     await bench.begin()
-    rule = bench.at_target.hang("write", at=2)
+    rule = bench.at_target.hang("write", at=2, times=1 << 30)
     await bench.run_to(rule)
     await bench.job.limit(KIB)
     rule.release()
