@@ -1,8 +1,7 @@
 """The crash-point table, C0 to C8: before there is a commit record. (C9 on: test_crash_rows_late.)
 
 Each row is brought about by running the engine to that point and ending its process, or its
-machine, there. C21 speaks of targets on other hosts: here it is a local one that fails for a
-while. C24 (two daemons) is the service's; here two processes want one job's files.
+machine, there.
 """
 
 from __future__ import annotations
