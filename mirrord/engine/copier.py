@@ -14,9 +14,8 @@ without an await after the target's last write has ended, if the target is still
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from errno import EDQUOT, EFBIG, ENOSPC
-from typing import Any, TypeVar
 
 from xxhash import xxh3_64
 
@@ -27,7 +26,6 @@ from mirrord.engine.tracking import WriteTracker
 from mirrord.errors import SideError, SourceError, TargetError
 from mirrord.storage.backend import Buffer
 
-T = TypeVar("T")
 NO_SPACE = frozenset({ENOSPC, EDQUOT, EFBIG})
 
 
@@ -62,8 +60,6 @@ class Copier:
         self._zeroes = bytes(settings.zero_bytes)
         self.trouble: SideError | None = None  # the last one that a worker met
         self._workers: dict[asyncio.Task[None], int] = {}
-        self._asked_s: dict[int, float] = {}
-        self._questions = 0
         self._waiting_bytes = 0
         self._stopped = True
         self._changed = asyncio.Event()  # a worker ended, the limit changed, or stop
@@ -92,11 +88,6 @@ class Copier:
         self.stop()
         for worker in self._workers:
             worker.cancel()
-
-    @property
-    def target_busy_since_s(self) -> float | None:
-        """When the oldest request to the target that has no answer yet was sent."""
-        return min(self._asked_s.values(), default=None)
 
     async def try_one(self) -> None:
         """Copy one piece, to see whether the target works again; raise the trouble if not.
@@ -260,7 +251,7 @@ class Copier:
                 await self._write_zeroes(extent.offset, extent.length)
                 continue
             try:
-                done = await self._asked(
+                done = await self._tracker.asked(
                     self._tracker.target.copy_from(
                         self._tracker.source, extent.offset, extent.length
                     )
@@ -298,7 +289,7 @@ class Copier:
                 await self._write_zeroes(offset + start, length)
             else:
                 try:
-                    await self._asked(
+                    await self._tracker.asked(
                         self._tracker.target.write(offset + start, view[start : start + length])
                     )
                 except OSError as error:
@@ -322,16 +313,6 @@ class Copier:
 
     async def _write_zeroes(self, offset: int, length: int) -> None:
         try:
-            await self._asked(self._tracker.target.write_zeroes(offset, length))
+            await self._tracker.asked(self._tracker.target.write_zeroes(offset, length))
         except OSError as error:
             raise TargetError(error, "zeroing of the target failed", offset) from error
-
-    async def _asked(self, request: Coroutine[Any, Any, T]) -> T:
-        """Await a request to the target, and have it known meanwhile since when."""
-        self._questions += 1
-        question = self._questions
-        self._asked_s[question] = asyncio.get_running_loop().time()
-        try:
-            return await request
-        finally:
-            del self._asked_s[question]

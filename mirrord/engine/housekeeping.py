@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from errno import ETIMEDOUT
 from typing import Any
 
-from mirrord.engine.copier import Copier
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.tracking import WriteTracker
 from mirrord.errors import SideError, SourceError, TargetError
@@ -22,13 +22,11 @@ class Housekeeping:
     def __init__(
         self,
         tracker: WriteTracker,
-        copier: Copier,
         settings: EngineSettings,
         report: Callable[[SideError], None],
     ) -> None:
         self.checkpoints = True
         self._tracker = tracker
-        self._copier = copier
         self._settings = settings
         self._report = report
 
@@ -70,10 +68,8 @@ class Housekeeping:
         checked_s = clock()
         while True:
             await asyncio.sleep(self._settings.sample_s)
-            since_s = self._copier.target_busy_since_s
-            if since_s is not None and clock() - since_s > self._settings.target_stall_s:
-                stall_s = self._settings.target_stall_s
-                error = OSError(ETIMEDOUT, f"no answer for {stall_s:g} s")
+            if self._tracker.overdue:
+                error = OSError(ETIMEDOUT, os.strerror(ETIMEDOUT))
                 self._report(TargetError(error, "the target does not answer"))
             if clock() - checked_s < self._settings.watch_s:
                 continue

@@ -249,7 +249,7 @@ class Job:
         )  # fmt: skip
         self.verifier = Verifier(self.tracker, settings)
         self._copied_before = self.progress.bytes_copied
-        self.housekeeping = Housekeeping(self.tracker, self.copier, settings, self._trouble)
+        self.housekeeping = Housekeeping(self.tracker, settings, self._trouble)
         self.tracker.scanned = self.progress.scanned
         self.disk.follow(self.tracker)
 

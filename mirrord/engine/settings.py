@@ -31,6 +31,8 @@ class EngineSettings:
     target_budget_s: float = 2.0
     # No completion from the target for so long, while something is in flight: it hangs.
     target_stall_s: float = 5.0
+    # The same for a flush, which may have a checkpoint's worth to write to a slow disk.
+    flush_stall_s: float = 60.0
     # The gate reopens after this long without a commit (section 4 of the protocol).
     gate_s: float = 5.0
     # Delays between attempts after target trouble or a gate that timed out, doubling.

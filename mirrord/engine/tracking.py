@@ -104,6 +104,7 @@ class WriteTracker:
         self._owned: set[asyncio.Task[Any]] = set()
         self._in_flight: dict[int, tuple[int, int]] = {}
         self._next_token = 0
+        self._due_s: dict[int, float] = {}  # when each question to the target is overdue
         # A process before this one may have written to the target wherever a mark stands.
         self._target_unflushed = Unflushed(intents.map.count, intents.map.marked_bits())
         self._source_unflushed = Unflushed(intents.map.count)
@@ -182,6 +183,25 @@ class WriteTracker:
         """Remember that a write to the target ended, and isn't durable yet."""
         self._target_unflushed.wrote(self.regions(offset, length))
 
+    async def asked(self, request: Coroutine[Any, Any, T], limit_s: float | None = None) -> T:
+        """Await a request to the target; past its limit `overdue` knows of it.
+
+        It is not given up: a slow target may still answer, and what it was asked goes on.
+        """
+        self._next_token += 1
+        token = self._next_token
+        limit_s = self._settings.target_stall_s if limit_s is None else limit_s
+        self._due_s[token] = asyncio.get_running_loop().time() + limit_s
+        try:
+            return await request
+        finally:
+            del self._due_s[token]
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the target has not answered something within its limit."""
+        return bool(self._due_s) and min(self._due_s.values()) < asyncio.get_running_loop().time()
+
     async def flush_target(self) -> None:
         """Make what was written to the target durable.
 
@@ -201,7 +221,7 @@ class WriteTracker:
             flush = self._target_unflushed.begin()
             good = False
             try:
-                await self.target.flush()
+                await self.asked(self.target.flush(), self._settings.flush_stall_s)
                 good = True
             except OSError as error:
                 self.distrust_target()

@@ -129,7 +129,7 @@ class Verifier:
 
     async def _stored(self, offset: int, length: int) -> bytes | bytearray | memoryview:
         try:
-            return await self._tracker.target.read_stored(offset, length)
+            return await self._tracker.asked(self._tracker.target.read_stored(offset, length))
         except OSError as error:
             raise TargetError(error, "reading the target back failed", offset) from error
 

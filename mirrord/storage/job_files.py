@@ -207,16 +207,23 @@ class JobFiles(JobStore):
         return data if len(data) == self._map_bytes else None
 
     def _read(self, name: str) -> bytes:
-        """Make the file and its name durable, then read it (R12)."""
+        """Read the file, and make it and its name durable (R12).
+
+        What was read is written once more before the flush: a flush that failed under an earlier
+        process left pages that look written, and a flush alone would leave them so.
+        """
         descriptor = self._file(name)
-        os.fsync(descriptor)
-        os.fsync(self._directory)
         parts = []
         position = 0
         while part := os.pread(descriptor, CAPACITY_BYTES, position):
             parts.append(part)
             position += len(part)
-        return b"".join(parts)
+        data = b"".join(parts)
+        if data:
+            self._write(name, 0, data, sync=True)
+        os.fsync(descriptor)
+        os.fsync(self._directory)
+        return data
 
     def _write(self, name: str, offset: int, data: bytes, *, sync: bool) -> None:
         descriptor = self._file(name)

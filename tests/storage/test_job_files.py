@@ -125,12 +125,12 @@ async def test_an_unreadable_map_counts_as_lost(files: JobFiles, directory: Path
     assert await files.read_map() is None
 
 
-async def test_reading_makes_file_and_name_durable_first(
+async def test_reading_writes_what_it_read_once_more_and_makes_file_and_name_durable(
     files: JobFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await files.create(MAP)
     steps: list[str] = []
-    fsync, pread = os.fsync, os.pread
+    fsync, pread, pwrite = os.fsync, os.pread, os.pwrite
 
     def traced_fsync(descriptor: int) -> None:
         steps.append("sync " + os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
@@ -140,10 +140,15 @@ async def test_reading_makes_file_and_name_durable_first(
         steps.append("read")
         return pread(descriptor, length, offset)
 
+    def traced_pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        steps.append("write")
+        return pwrite(descriptor, data, offset)
+
     monkeypatch.setattr(job_files.os, "fsync", traced_fsync)
     monkeypatch.setattr(job_files.os, "pread", traced_pread)
+    monkeypatch.setattr(job_files.os, "pwrite", traced_pwrite)
     await files.read_log()
-    assert steps == ["sync log", "sync 1b4e28ba", "read", "read"]
+    assert steps == ["read", "read", "write", "sync log", "sync 1b4e28ba"]
 
 
 async def test_a_failed_sync_of_a_record_is_told(
