@@ -52,22 +52,26 @@ class Identity:
     inode: int  # 0 for a block device
     size: int  # bytes
     born_ns: int = 0  # when a file was made, 0 if unknown: inode numbers are used again
+    serial: str = ""  # what a block device is called by its maker or making, "" if unknown
 
     def same_object(self, other: Identity) -> bool:
         """Tell whether both are one object, by numbers that hold within one boot."""
         return (self.kind, self.device, self.inode) == (other.kind, other.device, other.inode)
 
     def is_still(self, found: Identity, *, same_boot: bool = False) -> bool:
-        """Tell whether `found` is this object, met again: by inode, size and birth.
+        """Tell whether `found` is this object, met again; what nobody knows isn't held against it.
 
-        Device numbers may change over a boot or a mount (btrfs); they count for a block device
-        on the same boot, which has no more.
+        A file is known by inode, size and birth: device numbers may change over a boot or a
+        mount (btrfs). A block device is known by its serial, else, on the same boot, by its
+        number; over a boot one without a serial can't be told from another of its size.
         """
-        if same_boot and self.kind == "block" and self.device != found.device:
+        if (self.kind, self.inode, self.size) != (found.kind, found.inode, found.size):
             return False
-        born = self.born_ns == found.born_ns or 0 in (self.born_ns, found.born_ns)
-        same = (self.kind, self.inode, self.size) == (found.kind, found.inode, found.size)
-        return born and same
+        if self.kind == "block":
+            if self.serial and found.serial:
+                return self.serial == found.serial
+            return not same_boot or self.device == found.device
+        return self.born_ns == found.born_ns or 0 in (self.born_ns, found.born_ns)
 
 
 class Backend(ABC):
@@ -185,11 +189,15 @@ class Place(ABC):
         source's. Durable on return (the file and its directory entry)."""
 
     @abstractmethod
-    async def find(self, job_id: str, identity: Identity, *, cache: Cache) -> Backend | None:
+    async def find(
+        self, job_id: str, identity: Identity, *, cache: Cache, same_boot: bool = False
+    ) -> Backend | None:
         """Open the target of an unfinished job again, under its temporary or its final name.
 
-        None when neither name leads to the file of `identity` (size and inode; also the device
-        where the boot is the same). Makes the directory durable first (rule R12)."""
+        None when neither name leads to what `identity` tells of (`Identity.is_still`), or when
+        that can't be told: a block device without a serial, over a boot. `same_boot` says that
+        the identity was written down on this boot. Makes the directory durable first (rule
+        R12)."""
 
     @abstractmethod
     async def publish(self, job_id: str) -> None:
@@ -201,9 +209,12 @@ class Place(ABC):
         """Take the final name back: the opposite of `publish`. Idempotent, durable."""
 
     @abstractmethod
-    async def discard(self, job_id: str) -> None:
+    async def discard(self, job_id: str, identity: Identity | None = None) -> None:
         """Delete the target of a job that was not committed, under either name, if it is the one
-        this job created. Idempotent, durable. A block device is only released."""
+        this job created. Idempotent, durable. A block device is only released.
+
+        A place that neither created nor found the target knows it under its final name only by
+        `identity`; without that it deletes the temporary name alone."""
 
     @abstractmethod
     async def confirm(self, job_id: str, identity: Identity) -> str | None:

@@ -5,11 +5,16 @@ another exclusive opener. What it can do is read from sysfs, never found out by 
 try would change it; its content is never looked at, and nothing is ever formatted.
 
 A device is not created, renamed or deleted, so most steps of a move do nothing: retiring one
-only releases it, unless it shall be wiped. The disk may be smaller than the device it lies on;
-what is behind its end is left alone.
+only releases it, unless it shall be wiped.
+
+The disk may be smaller than the device it lies on: it is the device's first `size` bytes, in
+everything that its backend says and does. What is behind its end is left alone; that the device
+grows is no change, that it shrinks below the disk is one.
 
 `location` stays the name that was given (`/dev/disk/by-id/…`), since the kernel's names and
-numbers (`/dev/sdb`, 8:16) change over a boot.
+numbers (`/dev/sdb`, 8:16) change over a boot. Which device it is, sysfs may know (`_serial`); where
+it doesn't, the number tells on one boot, and over a boot only a name that udev keeps to one
+device. Otherwise it is taken for another one, and not touched.
 """
 
 from __future__ import annotations
@@ -23,14 +28,36 @@ from dataclasses import dataclass, replace
 from mirrord.core.geometry import MIB, split
 from mirrord.core.units import format_bytes
 from mirrord.errors import RefusedError
+from mirrord.storage import durable
 from mirrord.storage.backend import Backend, Cache, Capabilities, Identity, Place
 from mirrord.storage.descriptor import DescriptorBackend
 from mirrord.storage.fileio import FileIo
 from mirrord.storage.memory_pool import PAGE_BYTES
 from mirrord.storage.names import NotADiskError, check_name, open_inode, reopen
 
+_SYS = "/sys"
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
+
+# Names that lead to the same device on every boot.
+_LASTING_NAMES = (
+    "/dev/disk/by-id/",
+    "/dev/disk/by-path/",
+    "/dev/disk/by-partuuid/",
+    "/dev/mapper/",
+)
+
+# Where sysfs says which device it is, the most certain first: below a device's own directory.
+_SERIALS = (
+    "dm/uuid",
+    "md/uuid",
+    "wwid",
+    "serial",
+    "device/wwid",
+    "device/serial",
+    "loop/backing_file",
+)
+_SERIAL_CHARACTERS_MAX = 200  # they go into a journal's record; names differ at their end
 
 # A wipe goes in steps, so that a cancelled one ends soon: 64 MiB take a slow disk half a second.
 _WIPE_STEP_BYTES = 64 * MIB
@@ -52,7 +79,7 @@ def examine_device(descriptor: int) -> DeviceFacts:
     (unit,) = struct.unpack("i", fcntl.ioctl(descriptor, _BLKSSZGET, bytes(4)))
     zeroes = _queue_limit(number, "write_zeroes_max_bytes") > 0
     return DeviceFacts(
-        identity=Identity("block", number, 0, size),
+        identity=Identity("block", number, 0, size, serial=_serial(number)),
         capabilities=Capabilities(
             punches_holes=zeroes and _queue_limit(number, "discard_max_bytes") > 0,
             fast_zeroes=zeroes,
@@ -65,14 +92,40 @@ def examine_device(descriptor: int) -> DeviceFacts:
 
 def _queue_limit(number: int, name: str) -> int:
     """Read a limit of the device's queue, which for a partition is its disk's; 0 if unknown."""
-    device = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    device = _sysfs(number)
     for directory in (device, os.path.dirname(device)):
-        try:
-            with open(f"{directory}/queue/{name}", encoding="ascii") as limit:
-                return int(limit.read())
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+        limit = _attribute(directory, f"queue/{name}")
+        if limit:
+            return int(limit)
     return 0
+
+
+def _serial(number: int) -> str:
+    """Return what the device is called on every boot, "" if it isn't known."""
+    device = _sysfs(number)
+    partition = _attribute(device, "partition")
+    whole = os.path.dirname(device) if partition else device
+    for name in _SERIALS:
+        found = _attribute(whole, name)
+        if found:
+            part = f" partition {partition}" if partition else ""
+            offset = _attribute(whole, "loop/offset") if name.startswith("loop/") else ""
+            behind = f" at {offset}" if offset not in ("", "0") else ""
+            return f"{name} {found}{behind}{part}"[-_SERIAL_CHARACTERS_MAX:]
+    return ""
+
+
+def _sysfs(number: int) -> str:
+    return os.path.realpath(f"{_SYS}/dev/block/{os.major(number)}:{os.minor(number)}")
+
+
+def _attribute(directory: str, name: str) -> str:
+    """Read a file of sysfs; "" where there is none or it can't tell."""
+    try:
+        with open(f"{directory}/{name}", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
 
 
 class BlockBackend(DescriptorBackend):
@@ -105,7 +158,7 @@ class BlockBackend(DescriptorBackend):
         self._zeroes_ranges = True  # the kernel writes them itself where the device can't
 
     async def check_unchanged(self) -> None:
-        facts = await self._io.call(examine_device, self._descriptor)
+        facts = await self._own(self._io.call(examine_device, self._descriptor))
         if facts.identity.size < self.size:
             raise OSError(
                 errno.ESTALE,
@@ -117,14 +170,20 @@ class BlockPlace(Place):
     """A block device by its name."""
 
     def __init__(self, location: str, io: FileIo, *, size: int | None = None) -> None:
-        """Touch nothing. With `size` the disk is the device's first `size` bytes."""
+        """Touch nothing.
+
+        `size` is for `open`: the disk is the device's first `size` bytes, not all of it. A disk
+        that was moved onto a larger device has to keep its size. A target's is the source's.
+        """
         self.location = os.path.abspath(location)
+        self.patience_s = 0.0  # how long a claim that another has may still go away
         self._io = io
         self._size = size
+        self._is_another = False  # `find` met a device that isn't the one it looked for
         check_name(self.location)
 
     async def open(self, *, read_only: bool = False, cache: Cache = Cache.WRITEBACK) -> Backend:
-        descriptor, facts = await self._io.call(self._open, read_only, cache)
+        descriptor, facts = await self._opening(read_only, cache)
         size = facts.identity.size if self._size is None else self._size
         if size > facts.identity.size or size == 0:
             await self._io.call(os.close, descriptor)
@@ -139,18 +198,31 @@ class BlockPlace(Place):
         await self._io.call(self._check_target, source)
 
     async def create(self, job_id: str, source: Backend, *, cache: Cache) -> Backend:
+        if self._is_another:
+            raise RefusedError(
+                "target-lost",
+                f"{self.location} can't be told to be the device that it was, so nothing is"
+                " written to it: start again, with a name from /dev/disk/by-id",
+            )
         await self._io.call(self._check_target, source)
-        descriptor, facts = await self._io.call(self._open, False, cache)
+        descriptor, facts = await self._opening(False, cache)
         return self._adopt(descriptor, facts, source.size, cache)
 
-    async def find(self, job_id: str, identity: Identity, *, cache: Cache) -> Backend | None:
+    async def find(
+        self, job_id: str, identity: Identity, *, cache: Cache, same_boot: bool = False
+    ) -> Backend | None:
+        """Open the device if it is the one of `identity`; else `create` refuses it from now on.
+
+        Its content belongs to somebody else then, so a job can't begin again on it either.
+        """
         try:
-            descriptor, facts = await self._io.call(self._open, False, cache)
+            descriptor, facts = await self._opening(False, cache)
         except RefusedError as error:
             if error.code == "location-missing":
                 return None
             raise
-        if facts.identity.size < identity.size:
+        if not self._is_still(identity, facts.identity, same_boot):
+            self._is_another = True
             await self._io.call(os.close, descriptor)
             return None
         return self._adopt(descriptor, facts, identity.size, cache)
@@ -161,7 +233,7 @@ class BlockPlace(Place):
     async def withdraw(self, job_id: str) -> None:
         """Do nothing: a device keeps its name."""
 
-    async def discard(self, job_id: str) -> None:
+    async def discard(self, job_id: str, identity: Identity | None = None) -> None:
         """Do nothing: the device was released when its backend was closed."""
 
     async def confirm(self, job_id: str, identity: Identity) -> str | None:
@@ -171,12 +243,12 @@ class BlockPlace(Place):
         if not wipe:
             return None
         try:
-            descriptor, facts = await self._io.call(self._open, False, Cache.WRITEBACK)
+            descriptor, facts = await self._opening(False, Cache.WRITEBACK)
         except RefusedError as error:
             return f"not wiped: {error}"
         backend = self._adopt(descriptor, facts, facts.identity.size, Cache.WRITEBACK)
         try:
-            if facts.identity.size < identity.size or facts.identity.device != identity.device:
+            if not _holds(identity, facts.identity):
                 return f"not wiped: {self.location} is another device now"
             for offset, length in split(0, identity.size, _WIPE_STEP_BYTES):
                 await backend.write_zeroes(offset, length)
@@ -189,6 +261,18 @@ class BlockPlace(Place):
 
     async def delete_retired(self, job_id: str, identity: Identity) -> None:
         """Do nothing: a device isn't deleted."""
+
+    async def _opening(self, read_only: bool, cache: Cache) -> tuple[int, DeviceFacts]:
+        """Open the device; it is closed again when the caller is cancelled meanwhile."""
+        opening = self._io.submit(self._open, read_only, cache)
+        return await self._io.take(opening, lambda opened: os.close(opened[0]))
+
+    def _is_still(self, identity: Identity, found: Identity, same_boot: bool) -> bool:
+        """Tell whether `found` is known to be the device of `identity`."""
+        if not (same_boot or (identity.serial and found.serial)):
+            # Nothing to compare but the size: then the name has to be one that lasts.
+            return self.location.startswith(_LASTING_NAMES) and found.size >= identity.size
+        return _holds(identity, found)
 
     def _adopt(
         self,
@@ -224,8 +308,9 @@ class BlockPlace(Place):
     def _open(self, read_only: bool, cache: Cache) -> tuple[int, DeviceFacts]:
         inode = self._open_inode()
         flags = os.O_EXCL | (os.O_RDONLY if read_only else os.O_RDWR)
+        flags |= os.O_DIRECT if cache is Cache.DIRECT else 0
         try:
-            descriptor = reopen(inode, flags | (os.O_DIRECT if cache is Cache.DIRECT else 0))
+            descriptor = self._claim(inode, flags)
         except OSError as error:
             raise self._unopened(error) from error
         finally:
@@ -235,6 +320,23 @@ class BlockPlace(Place):
         except OSError as error:
             os.close(descriptor)
             raise self._unopened(error) from error
+
+    def _claim(self, inode: int, flags: int) -> int:
+        claimed = -1
+
+        def claim() -> bool:
+            nonlocal claimed
+            try:
+                claimed = reopen(inode, flags)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                return False
+            return True
+
+        if not durable.try_for(self.patience_s, claim):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return claimed
 
     def _unopened(self, error: OSError) -> RefusedError:
         if error.errno == errno.EBUSY:
@@ -286,7 +388,7 @@ class BlockPlace(Place):
             return f"the target {self.location} can't be opened ({error.strerror})"
         try:
             found = examine_device(descriptor).identity
-            if found.device != identity.device or found.size < identity.size:
+            if not _holds(identity, found):
                 return f"the target {self.location} is another device now"
             os.pread(descriptor, 1, 0)
         except OSError as error:
@@ -294,3 +396,9 @@ class BlockPlace(Place):
         finally:
             os.close(descriptor)
         return None
+
+
+def _holds(identity: Identity, found: Identity) -> bool:
+    """Tell whether `found` is the device of `identity`, by serial or number, and no smaller."""
+    large_enough = found.size >= identity.size
+    return large_enough and identity.is_still(replace(found, size=identity.size), same_boot=True)

@@ -16,7 +16,9 @@ The second descriptor (`_other`) is opened when first needed, in the other mode,
 /proc/self/fd: the same file, whatever its name leads to by now. It holds no lock of its own.
 
 Requests of several steps run as tasks of the backend, so that a cancelled caller leaves whole
-operations behind; `close` waits for them.
+operations behind. `close` waits for those, for whoever is on the way to an operation (`_users`: it
+may wait for a buffer, or for a read-modify-write), and then for the operations themselves, which
+the `FileIo` knows. A number that was closed is at once another file's: nobody may still have it.
 """
 
 from __future__ import annotations
@@ -89,6 +91,8 @@ class DescriptorBackend(Backend):
         self._other_descriptor = -1
         self._other_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._users = 0  # coroutines that have a descriptor's number in hand
+        self._unused: asyncio.Future[None] | None = None  # `close` waits for the last of them
         self._edges = asyncio.Lock()  # held by a read-modify-write
         self._aligned_writes = 0  # awaited; abandoned ones are known to the FileIo alone
         self._aligned_ended: asyncio.Future[None] | None = None
@@ -99,8 +103,8 @@ class DescriptorBackend(Backend):
     async def read(self, offset: int, length: int) -> Buffer:
         if self._direct:
             if (offset | length) % self._unit == 0 and offset + length <= self._direct_end:
-                return await self._io.read_direct(self._descriptor, offset, length)
-            return await self._read_past(offset, length)
+                return await self._use(self._io.read_direct(self._descriptor, offset, length))
+            return await self._use(self._read_past(offset, length))
         if self._no_wait and length <= INLINE_READ_BYTES_MAX:
             data = bytearray(length)
             try:
@@ -115,37 +119,40 @@ class DescriptorBackend(Backend):
             if done == length:
                 return data
             if done:
-                data[done:] = await self._io.read(self._descriptor, offset + done, length - done)
+                rest = self._io.read(self._descriptor, offset + done, length - done)
+                data[done:] = await self._use(rest)
                 return data
-        return await self._io.read(self._descriptor, offset, length)
+        return await self._use(self._io.read(self._descriptor, offset, length))
 
     async def read_stored(self, offset: int, length: int) -> Buffer:
         """Read past the page cache: by O_DIRECT, or after dropping the range from the cache."""
         if self._direct:
             return await self.read(offset, length)
+        return await self._use(self._read_stored(offset, length))
+
+    async def _read_stored(self, offset: int, length: int) -> Buffer:
         if await self._other() >= 0:
             return await self._read_past(offset, length)
-        await self._io.call(_drop_cache, self._descriptor, offset, length)
+        await self._own(self._io.call(_drop_cache, self._descriptor, offset, length))
         return await self._io.read(self._descriptor, offset, length)
 
     async def _read_past(self, offset: int, length: int) -> Buffer:
         """Read past the page cache, whatever the range; the tail's page through it."""
-        if self._direct:
-            direct, cached = self._descriptor, -1
-        else:
-            direct, cached = await self._other(), self._descriptor
         end = offset + length
         start = round_down(offset, self._unit)
         stop = min(round_up(end, self._unit), self._direct_end)
+        direct = cached = self._descriptor
+        if not self._direct:
+            direct = await self._other()
+        elif end > self._direct_end:
+            cached = await self._other()
+        at = max(offset, self._direct_end)
+        if at < end and not self._direct:
+            await self._own(self._io.call(_drop_cache, cached, at, end - at))
         pieces: list[Coroutine[Any, Any, Buffer]] = []
         if start < stop:
             pieces.append(self._io.read_direct(direct, start, stop - start))
-        if end > self._direct_end:
-            at = max(offset, self._direct_end)
-            if cached < 0:
-                cached = await self._other()
-            else:
-                await self._io.call(_drop_cache, cached, at, end - at)
+        if at < end:
             pieces.append(self._io.read(cached, at, end - at))
             start = min(start, at) if start < stop else at
         parts = [await pieces[0]] if len(pieces) == 1 else await _all(pieces)
@@ -166,16 +173,17 @@ class DescriptorBackend(Backend):
                 and offset + length <= self._direct_end
                 and (length <= PIECE_BYTES_MAX or aligned_address(data))
             ):
-                await self._write_aligned(offset, data, fua)
+                await self._use(self._write_aligned(offset, data, fua))
             else:
                 await self._own(self._write_pieces(offset, constant(data), fua))
         elif self.may_block and not fua and length <= INLINE_WRITE_BYTES_MAX:
             done = os.pwrite(self._descriptor, data, offset)
             if done != length:
                 rest = memoryview(data)[done:]
-                await self._io.write(self._descriptor, offset + done, rest, dsync=False)
+                at = offset + done
+                await self._use(self._io.write(self._descriptor, at, rest, dsync=False))
         else:
-            await self._io.write(self._descriptor, offset, data, dsync=fua)
+            await self._use(self._io.write(self._descriptor, offset, data, dsync=fua))
 
     async def _write_aligned(self, offset: int, data: Buffer, dsync: bool) -> None:
         while self._edges.locked():
@@ -194,6 +202,7 @@ class DescriptorBackend(Backend):
         view = memoryview(data)
         end = offset + len(data)
         stop = min(end, self._direct_end)
+        cached = await self._other() if end > self._direct_end else -1
         pieces: list[Coroutine[Any, Any, None]] = []
         for at, count, whole in _blocks(offset, stop, self._unit):
             part = view[at - offset :][:count]
@@ -201,7 +210,6 @@ class DescriptorBackend(Backend):
             pieces.append(write(at, part, dsync))
         if end > self._direct_end:
             at = max(offset, self._direct_end)
-            cached = await self._other()
             pieces.append(self._io.write(cached, at, view[at - offset :], dsync=dsync))
         await _all(pieces)
 
@@ -283,7 +291,7 @@ class DescriptorBackend(Backend):
     # The rest.
 
     async def flush(self) -> None:
-        await self._io.datasync(self._descriptor)
+        await self._use(self._io.datasync(self._descriptor))
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         return [Extent(offset, length, Status.DATA)]
@@ -295,32 +303,69 @@ class DescriptorBackend(Backend):
     async def close(self) -> None:
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_task(self._close())
+            self._closing.add_done_callback(self._ended)
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
-        await self._io.settle_calls()
-        for descriptor in (self._descriptor, self._other_descriptor):
-            if descriptor >= 0:
-                while self._io.is_busy(descriptor):
-                    await self._io.settle(descriptor)
-                await self._io.call(os.close, descriptor)
+        while self._is_used():
+            if self._tasks:
+                await asyncio.wait(set(self._tasks))
+            elif self._users:
+                self._unused = asyncio.get_running_loop().create_future()
+                await self._unused
+            else:
+                await self._io.settle(self._descriptor)
+                await self._io.settle(self._other_descriptor)
+        # No await between the look above and this: who comes now finds no number (EBADF).
+        numbers = [self._descriptor, self._other_descriptor]
         self._descriptor = self._other_descriptor = -1
+        failure = None
+        for number in numbers:
+            try:
+                if number >= 0:
+                    await self._io.call(os.close, number)
+            except OSError as error:  # a late write error; the number is free all the same
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _is_used(self) -> bool:
+        busy = self._io.is_busy(self._descriptor) or self._io.is_busy(self._other_descriptor)
+        return busy or self._users > 0 or bool(self._tasks)
 
     async def _other(self) -> int:
         """Return the second descriptor, or -1 where this can't be opened with O_DIRECT."""
+        if self._other_descriptor < 0 and not self._no_other:
+            await self._own(self._open_other())
+        return self._other_descriptor
+
+    async def _open_other(self) -> None:
         async with self._other_lock:
-            if self._other_descriptor < 0 and not (self._no_other and not self._direct):
-                try:
-                    self._other_descriptor = await self._io.call(_reopen, self._descriptor)
-                except OSError as error:
-                    if self._direct or error.errno != errno.EINVAL:
-                        raise
-                    self._no_other = True
-            return self._other_descriptor
+            if self._other_descriptor >= 0 or self._no_other:
+                return
+            try:
+                self._other_descriptor = await self._io.call(_reopen, self._descriptor)
+            except OSError as error:
+                if self._direct or error.errno != errno.EINVAL:
+                    raise
+                self._no_other = True
 
     _no_other = False  # O_DIRECT was refused
+
+    async def _use(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work`, which has a descriptor's number; `close` waits until it has ended.
+
+        A cancelled one leaves an operation that the `FileIo` knows, or none at all.
+        """
+        self._users += 1
+        try:
+            return await work
+        finally:
+            self._users -= 1
+            if self._unused is not None and not self._users:
+                if not self._unused.done():
+                    self._unused.set_result(None)
+                self._unused = None
 
     async def _own(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` as a task of this backend: a cancelled caller doesn't stop it half way."""
@@ -328,9 +373,13 @@ class DescriptorBackend(Backend):
 
     def _task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
+        self.lend_to(task)
+        return task
+
+    def lend_to(self, task: asyncio.Task[Any]) -> None:
+        """Have `close` wait for a task that uses a descriptor of this."""
         self._tasks.add(task)
         task.add_done_callback(self._ended)
-        return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -22,7 +22,8 @@ import platform
 import signal
 import stat
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 RESOLVE_NO_XDEV = 0x01
@@ -231,6 +232,23 @@ def is_volatile(descriptor: int) -> bool:
 
 
 # Locks.
+
+# What a killed process held open may stay so for a while, its locks included: the kernel ends its
+# io_uring operations after it was reaped, and those refer to their files. That takes milliseconds,
+# on a slow disk some hundred. Who follows such a process should be that patient before it believes
+# a lock to be another program's.
+LOCK_PATIENCE_S = 1.0
+_LOCK_RETRY_DELAY_S = 0.01  # a hundred tries in that time cost next to nothing
+
+
+def try_for(patience_s: float, attempt: Callable[[], bool]) -> bool:
+    """Repeat what failed until it succeeds or `patience_s` are over; at least once. Blocks."""
+    deadline_s = time.monotonic() + patience_s
+    while not attempt():
+        if time.monotonic() >= deadline_s:
+            return False
+        time.sleep(_LOCK_RETRY_DELAY_S)
+    return True
 
 
 def try_flock(descriptor: int) -> bool:

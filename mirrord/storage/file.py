@@ -6,6 +6,7 @@ What is common with block devices (the page cache, O_DIRECT, unaligned ranges) i
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import mmap
@@ -128,7 +129,8 @@ class FileBackend(DescriptorBackend):
         self._no_clone_from: set[int] = set()  # devices whose files can't be cloned to here
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        return await self._io.call(find_extents, self._descriptor, offset, offset + length)
+        end = offset + length
+        return await self._own(self._io.call(find_extents, self._descriptor, offset, end))
 
     async def copy_from(self, source: Backend, offset: int, length: int) -> bool:
         """Share the source's blocks (reflink), else have the kernel copy them.
@@ -138,7 +140,9 @@ class FileBackend(DescriptorBackend):
         """
         if not isinstance(source, FileBackend):
             return False
-        return await self._io.call(self._copy_below, source, offset, length)
+        copying = self._task(self._io.call(self._copy_below, source, offset, length))
+        source.lend_to(copying)
+        return await asyncio.shield(copying)
 
     def _copy_below(self, source: FileBackend, offset: int, length: int) -> bool:
         device = source.identity.device
@@ -171,7 +175,7 @@ class FileBackend(DescriptorBackend):
         return True
 
     async def check_unchanged(self) -> None:
-        status = await self._io.call(os.fstat, self._descriptor)
+        status = await self._own(self._io.call(os.fstat, self._descriptor))
         if status.st_size != self.size or not stat.S_ISREG(status.st_mode):
             raise OSError(
                 errno.ESTALE,

@@ -11,7 +11,8 @@ What a file is, is its inode, its size and its birth, not its name: another file
 (an operator restored a backup, an editor saved) is never touched. st_dev isn't compared, since it
 changes over a boot, or a mount (btrfs).
 
-Every step blocks, so it runs in a thread; one after another, for they share the state below.
+Every step blocks, so it runs in a thread; one after another, for they share the state below. A
+cancelled caller abandons the step's answer, and the next one waits all the same until it ended.
 Crash points are those of the job: each step may be repeated, and finds its own half-done work.
 """
 
@@ -21,6 +22,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 from mirrord.core.units import format_bytes
@@ -42,6 +44,7 @@ from mirrord.storage.names import (
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Opened = TypeVar("Opened", bound="tuple[int, FileFacts] | None")
 
 
 class FilePlace(Place):
@@ -52,6 +55,7 @@ class FilePlace(Place):
         self.location = os.path.abspath(location)
         self._is_directory = location.endswith("/")
         self._io = io
+        self.patience_s = 0.0  # how long a lock that another holds may still go away
         self._steps = asyncio.Lock()
         self._directory: Directory | None = None
         self._name = os.path.basename(self.location)
@@ -61,18 +65,20 @@ class FilePlace(Place):
     # The interface. Each method runs one blocking step in a thread.
 
     async def open(self, *, read_only: bool = False, cache: Cache = Cache.WRITEBACK) -> Backend:
-        descriptor, facts = await self._step(self._open, read_only, cache)
+        descriptor, facts = await self._opening(self._open, read_only, cache)
         return self._adopt(descriptor, facts, cache, read_only)
 
     async def check_target(self, source: Backend, *, needed: int, force: bool = False) -> None:
         await self._step(self._check_target, source, needed, force)
 
     async def create(self, job_id: str, source: Backend, *, cache: Cache) -> Backend:
-        descriptor, facts = await self._step(self._create, job_id, source, cache)
+        descriptor, facts = await self._opening(self._create, job_id, source, cache)
         return self._adopt(descriptor, facts, cache)
 
-    async def find(self, job_id: str, identity: Identity, *, cache: Cache) -> Backend | None:
-        found = await self._step(self._find, job_id, identity, cache)
+    async def find(
+        self, job_id: str, identity: Identity, *, cache: Cache, same_boot: bool = False
+    ) -> Backend | None:
+        found = await self._opening(self._find, job_id, identity, cache)
         return found and self._adopt(*found, cache)
 
     async def publish(self, job_id: str) -> None:
@@ -81,8 +87,8 @@ class FilePlace(Place):
     async def withdraw(self, job_id: str) -> None:
         await self._step(self._withdraw, job_id)
 
-    async def discard(self, job_id: str) -> None:
-        await self._step(self._discard, job_id)
+    async def discard(self, job_id: str, identity: Identity | None = None) -> None:
+        await self._step(self._discard, job_id, identity)
 
     async def confirm(self, job_id: str, identity: Identity) -> str | None:
         return await self._step(self._confirm, identity)
@@ -94,8 +100,22 @@ class FilePlace(Place):
         await self._step(self._delete_retired, job_id, identity)
 
     async def _step(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        async with self._steps:
-            return await self._io.call(step, *args, **kwargs)
+        return await asyncio.shield(await self._start(step, *args, **kwargs))
+
+    async def _opening(
+        self, step: Callable[P, Opened], *args: P.args, **kwargs: P.kwargs
+    ) -> Opened:
+        """Run a step that returns an open descriptor: closed again when nobody takes it."""
+        return await self._io.take(await self._start(step, *args, **kwargs), _close_found)
+
+    async def _start(
+        self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
+        """Start a step when the former one has ended; the lock goes with its end, not before."""
+        await self._steps.acquire()
+        started = self._io.submit(step, *args, **kwargs)
+        started.add_done_callback(lambda _: self._steps.release())
+        return started
 
     def _adopt(
         self, descriptor: int, facts: FileFacts, cache: Cache, read_only: bool = False
@@ -133,7 +153,8 @@ class FilePlace(Place):
     def _locked(self, descriptor: int, read_only: bool, cache: Cache) -> tuple[int, FileFacts]:
         """Lock and examine an open file; it is closed when that is refused."""
         try:
-            if not durable.lock_disk(descriptor, writing=not read_only):
+            lock = partial(durable.lock_disk, descriptor, writing=not read_only)
+            if not durable.try_for(self.patience_s, lock):
                 raise RefusedError(
                     "in-use",
                     f"{self.location} is in use by another program: stop that first",
@@ -300,7 +321,7 @@ class FilePlace(Place):
             except OSError as error:
                 raise self._unopened(error) from error
             found = self._locked(descriptor, False, cache)
-            if not _is_same(found[1].identity, identity):
+            if not identity.is_still(found[1].identity):
                 os.close(descriptor)
                 continue
             self._target = found[1].identity
@@ -327,13 +348,13 @@ class FilePlace(Place):
                 durable.rename_no_replace(parent, self._name, part)
         durable.sync_directory(parent)
 
-    def _discard(self, job_id: str) -> None:
+    def _discard(self, job_id: str, identity: Identity | None) -> None:
         try:
             parent = self._parent().descriptor
         except FileNotFoundError:
             return
         durable.remove(parent, part_name(self._name, job_id))
-        if self._target is not None and self._leads_to(self._name, self._target):
+        if any(known and self._leads_to(self._name, known) for known in (self._target, identity)):
             durable.remove(parent, self._name)
         durable.sync_directory(parent)
 
@@ -346,7 +367,7 @@ class FilePlace(Place):
         except OSError as error:
             return f"the target {self.location} can't be opened ({error.strerror})"
         try:
-            if not _is_same(identify(descriptor), identity):
+            if not identity.is_still(identify(descriptor)):
                 return f"the target {self.location} was replaced or changed its size"
             if not os.pread(descriptor, 1, 0) or not os.pread(descriptor, 1, identity.size - 1):
                 return f"the target {self.location} is shorter than it was"
@@ -376,7 +397,7 @@ class FilePlace(Place):
         except OSError as error:
             return f"{self.location} can't be looked at ({error.strerror})"
         try:
-            if not _is_same(identify(inode), identity):
+            if not identity.is_still(identify(inode)):
                 return f"{self.location} was replaced meanwhile"
             return self._retire_file(inode, parent, retired, identity)
         except BlockingIOError:
@@ -430,13 +451,11 @@ class FilePlace(Place):
         except (FileNotFoundError, NotADiskError):
             return False
         try:
-            return _is_same(identify(inode), identity)
+            return identity.is_still(identify(inode))
         finally:
             os.close(inode)
 
 
-def _is_same(found: Identity, expected: Identity) -> bool:
-    """Tell whether both are one file, also over a boot: by inode, size and birth."""
-    born = found.born_ns == expected.born_ns or 0 in (found.born_ns, expected.born_ns)
-    same = (found.kind, found.inode, found.size) == (expected.kind, expected.inode, expected.size)
-    return born and same
+def _close_found(found: tuple[int, FileFacts] | None) -> None:
+    if found is not None:
+        os.close(found[0])

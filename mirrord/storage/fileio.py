@@ -97,15 +97,40 @@ class FileIo(ABC):
     def is_busy(self, descriptor: int) -> bool:
         """Tell whether an operation is in flight on `descriptor`."""
 
-    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a blocking function in a thread. Cancelling abandons the answer, not the call."""
+    def submit(
+        self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
+        """Start a blocking function in a thread. Who awaits the future has to shield it."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(CALL_THREADS_MAX, "mirrord-call")
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
         self._calls.add(future)
         future.add_done_callback(self._called)
-        return await asyncio.shield(future)
+        return future
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a blocking function in a thread. Cancelling abandons the answer, not the call."""
+        return await asyncio.shield(self.submit(function, *args, **kwargs))
+
+    async def take(self, opening: asyncio.Future[T], release: Callable[[T], object]) -> T:
+        """Return what a submitted function opens; if the caller is cancelled, `release` gets it.
+
+        That runs in a thread, and `settle_calls` waits for it.
+        """
+
+        def ended(_: asyncio.Future[T]) -> None:
+            if not opening.cancelled() and opening.exception() is None:
+                self.submit(release, opening.result())
+
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            if opening.done():
+                ended(opening)
+            else:
+                opening.add_done_callback(ended)
+            raise
 
     def _called(self, future: asyncio.Future[T]) -> None:
         self._calls.discard(future)
@@ -173,6 +198,8 @@ class ThreadIo(FileIo):
         await self._run(descriptor, lambda: _write_whole(descriptor, view, offset, flags), slot)
 
     async def datasync(self, descriptor: int) -> None:
+        if descriptor < 0:  # a closed disk's: os.fdatasync would call that a ValueError
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         await self._run(descriptor, lambda: os.fdatasync(descriptor))
 
     async def fallocate(self, descriptor: int, mode: int, offset: int, length: int) -> None:

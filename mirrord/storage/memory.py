@@ -195,7 +195,9 @@ class MemoryPlace(Place):
         content.made_by = job_id
         return MemoryBackend(content, self.name)
 
-    async def find(self, job_id: str, identity: Identity, *, cache: Cache) -> Backend | None:
+    async def find(
+        self, job_id: str, identity: Identity, *, cache: Cache, same_boot: bool = False
+    ) -> Backend | None:
         for name in (self._part(job_id), self.name):
             content = self._shelf.get(name)
             if content is not None and _identity(content) == identity:
@@ -210,8 +212,8 @@ class MemoryPlace(Place):
         if self._is_published(job_id):
             self._shelf.rename(self.name, self._part(job_id))
 
-    async def discard(self, job_id: str) -> None:
-        await self.withdraw(job_id)
+    async def discard(self, job_id: str, identity: Identity | None = None) -> None:
+        await self.withdraw(job_id)  # the shelf remembers who made what
         self._shelf.remove(self._part(job_id))
 
     def _is_published(self, job_id: str) -> bool:
