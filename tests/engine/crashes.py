@@ -146,11 +146,11 @@ class CrashBench(Bench):
         reached.cancel()
         assert rule.reached.is_set(), self.told()
 
-    async def run_to_phase(self, phase: Phase, deadline_s: float = DEADLINE_S) -> None:
+    async def run_to_phase(self, phase: Phase) -> None:
         """Run the job until it is in a phase."""
         running = self.running or self.run()
         await eventually_async(
-            lambda: running.done() or self.job.migration.phase is phase, deadline_s, self.told()
+            lambda: running.done() or self.job.migration.phase is phase, DEADLINE_S, self.told()
         )
         assert self.job.migration.phase is phase, self.told()
 
