@@ -33,6 +33,15 @@ async def open_file(path: Path, io: FileIo, cache: Cache = Cache.WRITEBACK) -> F
     return opened
 
 
+def leave_free(where: Path, free_bytes: int) -> None:
+    """Have a file take what a file system has, but for `free_bytes`: that is sooner full."""
+    status = os.statvfs(where)
+    taken = status.f_bavail * status.f_frsize - free_bytes
+    if taken > 0:
+        with (where / "ballast").open("wb") as ballast:
+            os.posix_fallocate(ballast.fileno(), 0, taken)
+
+
 async def all_extents(backend: FileBackend):
     """Return the extents of the whole disk, joined."""
     extents, at = [], 0
@@ -156,6 +165,7 @@ class TestFileSystems:
     ) -> None:
         kind, where = system
         path = make_file(where / "disk", b"", 400 * MIB)
+        leave_free(where, 40 * MIB)
         backend = await open_file(path, some_io, cache)
         written = 0
 
