@@ -75,8 +75,8 @@ def test_no_test_sleeps_in_order_to_wait(path: Path) -> None:
 
 
 def _is_a_pace(call: ast.Call) -> bool:
-    """Tell whether it is `sleep(0)`, which lets others run, or a load's pace, `sleep(pause_s)`."""
+    """Tell whether it lets others run (0), or is a load's pace or a fault itself, so named."""
     (duration,) = call.args
     if isinstance(duration, ast.Constant):
         return not duration.value
-    return ast.unparse(duration).endswith("pause_s")
+    return ast.unparse(duration).endswith(("pause_s", "delay_s"))
