@@ -101,13 +101,15 @@ async def cutting_over(job: Job) -> Outcome:
     """Try the cutover once."""
     assert job.tracker is not None
     await job.housekeeping.check_unchanged()
+    job.sample()
     job.cutover_attempt = Cutover(
         job.disk, job.tracker, job.ledger, job.target_place, job.request.job_id,
         job.settings, job.around.clock,
     )  # fmt: skip
     try:
         event, reason = await job.cutover_attempt.run(
-            {"at_s": job.around.wall()}, lambda: job.interrupt.pending(job.migration)
+            {**job.progress.summary(), "verified": job.verified, "at_s": job.around.wall()},
+            lambda: job.interrupt.pending(job.migration),
         )
     finally:
         if job.cutover_attempt.withdrawable:

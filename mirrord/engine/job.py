@@ -114,7 +114,7 @@ class Job:
         self.gates_missed = 0
         self.space_wanted = False
         self.mismatched = False
-        self.verified = False
+        self.verified = bool((ledger.outcome.commit or {}).get("verified"))
         self.held = False
         self.pause_s: float | None = None
         self._started_s: float | None = None
@@ -132,7 +132,7 @@ class Job:
         copier = self.copier if self.tracker is not None else None
         remaining = self._remaining(copier) if phase is not Phase.RETIRING else 0
         dirty_rate = 0.0 if phase in MIRRORED else self.rates.dirty
-        known = self.progress.scanned
+        known = self.progress.scanned or phase is Phase.RETIRING
         moving = phase in (Phase.COPYING, Phase.CATCHING_UP, Phase.MIRRORING)
         return JobStatus(
             job_id=self.request.job_id,
@@ -140,7 +140,7 @@ class Job:
             phase=phase,
             source=self.request.source,
             target=self.target_place.location,
-            bytes_total=self.progress.bytes_total,
+            bytes_total=self.progress.bytes_total if known else self.disk.size,
             bytes_copied=self.progress.bytes_copied,
             bytes_remaining=remaining,
             copy_rate=self.rates.copy if copier else None,
@@ -160,6 +160,8 @@ class Job:
 
     def _remaining(self, copier: Copier | None) -> int:
         """Bytes to copy and being copied; a mirrored write in flight is neither."""
+        if not self.progress.scanned:
+            return self.disk.size  # what of it is data is not known yet
         differ = self.bitmap.remaining()
         return min(differ, self.bitmap.todo() + copier.taken_bytes) if copier else differ
 

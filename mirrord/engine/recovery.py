@@ -162,6 +162,7 @@ async def _recover_committed(
     bitmap, progress = _bitmap(disk.size, store)
     bitmap.clear()
     progress.reset()
+    progress.restore(ledger.outcome.commit or {})
     job = Job(
         request,
         disk,

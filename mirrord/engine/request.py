@@ -98,6 +98,20 @@ class Progress:
         self.scanned = False
         self.save()
 
+    def summary(self) -> dict[str, int]:
+        """Return the counters as the commit record keeps them, for a summary after a crash."""
+        return {
+            "bytes_total": self.bytes_total,
+            "bytes_copied": self.bytes_copied,
+            "passes": self.passes,
+        }
+
+    def restore(self, summary: dict[str, Any]) -> None:
+        """Take the counters from a commit record."""
+        self.bytes_total = int(summary.get("bytes_total", 0))
+        self.bytes_copied = int(summary.get("bytes_copied", 0))
+        self.passes = int(summary.get("passes", 0))
+
     def save(self) -> None:
         """Put the counters where a kill doesn't reach them."""
         _TAIL.pack_into(
