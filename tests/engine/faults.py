@@ -148,12 +148,12 @@ class Faults:
         if rule.after:
             result = await work()
         rule.reached.set()
-        if rule.errno is not None:
-            raise OSError(rule.errno, os.strerror(rule.errno))
         if rule.delay_s:
             await asyncio.sleep(rule.delay_s)  # the fault itself, not a wait for anything
-        else:
+        elif rule.errno is None:
             await rule.released.wait()
+        if rule.errno is not None:  # also one that was told to fail while it hung
+            raise OSError(rule.errno, os.strerror(rule.errno))
         if not rule.after:
             result = await work()
         self.trace.append(f"{self.who}.{operation}")
