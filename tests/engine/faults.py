@@ -280,8 +280,12 @@ class FaultyPlace(Place):
         work = lambda: self.inner.create(job_id, _inner(source), cache=cache)  # noqa: E731
         return await self._wrap(await self.faults.call("create", work))
 
-    async def find(self, job_id: str, identity: Identity, *, cache: Cache) -> Backend | None:
-        work = lambda: self.inner.find(job_id, identity, cache=cache)  # noqa: E731
+    async def find(
+        self, job_id: str, identity: Identity, *, cache: Cache, same_boot: bool = False
+    ) -> Backend | None:
+        work = lambda: self.inner.find(  # noqa: E731
+            job_id, identity, cache=cache, same_boot=same_boot
+        )
         found = await self.faults.call("find", work)
         return None if found is None else await self._wrap(found)
 
@@ -291,8 +295,8 @@ class FaultyPlace(Place):
     async def withdraw(self, job_id: str) -> None:
         await self.faults.call("withdraw", lambda: self.inner.withdraw(job_id))
 
-    async def discard(self, job_id: str) -> None:
-        await self.faults.call("discard", lambda: self.inner.discard(job_id))
+    async def discard(self, job_id: str, identity: Identity | None = None) -> None:
+        await self.faults.call("discard", lambda: self.inner.discard(job_id, identity))
 
     async def confirm(self, job_id: str, identity: Identity) -> str | None:
         return await self.faults.call("confirm", lambda: self.inner.confirm(job_id, identity))

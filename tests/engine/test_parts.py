@@ -401,7 +401,7 @@ async def test_what_outlives_a_job_ends_in_silence() -> None:
         raise OSError(errno.EIO, "nobody listens")
 
     await outlive(asyncio.ensure_future(fail()))
-    cancelled = asyncio.ensure_future(asyncio.sleep(1000))
+    cancelled = asyncio.get_running_loop().create_future()
     cancelled.cancel()
     await outlive(cancelled)
     assert cancelled.cancelled()

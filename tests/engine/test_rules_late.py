@@ -164,6 +164,7 @@ async def test_r14_a_mirrored_write_is_answered_from_the_source(
 async def test_r14_a_write_behind_a_copy_that_hangs(bench: CrashBench) -> None:
     """The copier's lock is the target's, too. Broken: `_mirrored` waits for its lock for ever."""
     copying = await bench.hold_copying(5, mode="mirror", cutover="manual")
+    assert bench.tracker.mirroring
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     await bench.write(5 * UNIT, NEW)
