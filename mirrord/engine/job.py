@@ -160,6 +160,8 @@ class Job:
 
     def _remaining(self, copier: Copier | None) -> int:
         """Bytes to copy and being copied; a mirrored write in flight is neither."""
+        if self.tracker is None:
+            return 0  # committed before a restart
         if not self.progress.scanned:
             return self.disk.size  # what of it is data is not known yet
         differ = self.bitmap.remaining()

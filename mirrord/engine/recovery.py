@@ -19,6 +19,7 @@ map does; without a readable map everything is copied again.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,6 +34,8 @@ from mirrord.engine.store import JobStore
 from mirrord.engine.surroundings import Surroundings
 from mirrord.errors import RefusedError
 from mirrord.storage.backend import Backend, Cache, Identity, Place
+
+_log = logging.getLogger("mirrord.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,7 @@ async def recover(
             job = await _recover_prepared(disk, places, store, request, around, ledger)
         elif outcome.state is State.EMPTY:
             # The job is still a wish: whoever wished it asks again.
-            await places.target.discard(request.job_id)
+            await _discard(places, request, None)
             job = None
         else:
             job = None
@@ -147,7 +150,9 @@ async def _recover_committed(
     prep = ledger.outcome.prep
     assert prep is not None
     identity = Identity(**prep["target"])
-    target = await places.target.find(request.job_id, identity, cache=places.cache)
+    target = await places.target.find(
+        request.job_id, identity, cache=places.cache, same_boot=store.same_boot
+    )
     if target is None:
         raise RefusedError(
             "target-lost",
@@ -241,7 +246,10 @@ async def _find_target(
     stored = await store.read_map()
     intent_map = IntentMap(disk.size, region_bytes, stored)
     target = await places.target.find(
-        request.job_id, Identity(**prep["target"]), cache=places.cache
+        request.job_id,
+        Identity(**prep["target"]),
+        cache=places.cache,
+        same_boot=store.same_boot,
     )
     if target is None:
         # C1: nothing of the old target is left, so nothing of the maps is true.
@@ -294,12 +302,23 @@ async def _conclude_aborted(places: Places, request: JobRequest, ledger: Ledger)
     if outcome.finished:
         return
     reason = (outcome.abort or {}).get("reason", "aborted")
-    left = ""
-    try:
-        await places.target.discard(request.job_id)
-    except (OSError, RefusedError) as error:
-        left = f"; the target {places.target.location} is left over ({error})"
+    assert outcome.prep is not None
+    left = await _discard(places, request, Identity(**outcome.prep["target"]))
     await ledger.append(Kind.DONE, {"phase": _phase_of(outcome.abort), "reason": f"{reason}{left}"})
+
+
+async def _discard(places: Places, request: JobRequest, identity: Identity | None) -> str:
+    """Delete what a job left as its target, or say that it can't be: the source is served anyway.
+
+    `identity` tells it under its final name, too.
+    """
+    try:
+        await places.target.discard(request.job_id, identity)
+    except (OSError, RefusedError) as error:
+        location = places.target.location
+        _log.warning("leave job=%s target=%s error=%s", request.job_id, location, error)
+        return f"; the target {location} is left over ({error})"
+    return ""
 
 
 def _phase_of(abort: Payload | None) -> str:

@@ -333,6 +333,8 @@ class FilePlace(Place):
         if self._exists(part):
             if self._target is not None and self._leads_to(self._name, self._target):
                 durable.remove(parent, part)  # both names: a rename by links was interrupted
+            elif self._target is not None and not self._leads_to(part, self._target):
+                raise FileNotFoundError(errno.ENOENT, "the target's file was replaced", part)
             else:
                 durable.rename_no_replace(parent, part, self._name)
         elif self._target is None or not self._leads_to(self._name, self._target):
