@@ -29,10 +29,10 @@ lint: $(VENV)/.installed-for-tests
 	$(BIN)/mypy --strict
 
 packages:
-	tools/packages
+	.ci/packages
 
 $(BIN)/python:
-	tools/make-venv $(VENV)
+	.ci/make-venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable .
@@ -45,4 +45,4 @@ $(VENV)/.installed-for-tests: pyproject.toml | $(BIN)/python
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist
 	rm -rf *.egg-info
-	find mirrord tests bench tools -name __pycache__ -prune -exec rm -rf {} +
+	find mirrord tests bench -name __pycache__ -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """A small real guest: Linux in QEMU, on an ext4 file system that an NBD export holds.
 
-The kernel is Debian's cloud kernel, installed or unpacked below `.cache/kernel` (see `tools/
+The kernel is Debian's cloud kernel, installed or unpacked below `.cache/kernel` (see `.ci/
 packages`); the user land is busybox; the initramfs is made here. Software emulation, so that it
 runs on any machine.
 
@@ -67,7 +67,7 @@ def find_kernel() -> tuple[Path, Path]:
             modules = root / "lib" / "modules" / kernel.name.removeprefix("vmlinuz-")
             if modules.is_dir():
                 return kernel, modules
-    pytest.skip("needs Debian's cloud kernel (tools/packages unpacks it)")
+    pytest.skip("needs Debian's cloud kernel (.ci/packages unpacks it)")
 
 
 def module_order(modules: Path, wanted: list[str]) -> list[Path]:

@@ -36,8 +36,8 @@ def help_of(*words: str) -> str:
 
 
 def test_the_diagram_is_the_table() -> None:
-    tool = runpy.run_path(str(ROOT / "tools" / "update_readme.py"))
-    assert tool["with_phases"](README) == README, "run tools/update_readme.py"
+    tool = runpy.run_path(str(ROOT / "tests" / "style" / "update_readme.py"))
+    assert tool["with_phases"](README) == README, "run tests/style/update_readme.py"
 
 
 @pytest.mark.parametrize("row", command_rows(), ids=lambda row: str(row).split()[1])
