@@ -97,14 +97,42 @@ async def test_a_leg_that_is_late_holds_the_pivot_back(bench: CrashBench) -> Non
     await bench.assert_moved(await bench.finish())
 
 
+async def test_a_leg_that_becomes_late_behind_the_gate(bench: CrashBench) -> None:
+    """The guest's write was waiting for its mark when the gate closed. The gate opens again."""
+    bench.settings = HASTY
+    await bench.begin(verify="none")
+    publish = bench.at_target.hang("publish")
+    await bench.run_to(publish)
+    await bench.checkpoint()
+    commit = bench.at_files.hang("write_log:COMMIT")
+    publish.release()
+    await bench.run_to(commit)
+    await eventually_async(lambda: not bench.gate_closed, what="gate open")
+    mark = bench.at_files.hang("write_map:durable")
+    leg = bench.at_target.hang("write")
+    guest = bench.guest(bench.disk.write(0, NEW))
+    await mark.wait()
+    commit.release()
+    await eventually_async(lambda: bench.gate_closed, what="gate closed for the pivot")
+    mark.release()
+    with pytest.raises(OSError, match="the target failed"):
+        await guest
+    await eventually_async(lambda: not bench.gate_closed, what="gate open again")
+    assert bench.disk.backend is bench.source
+    leg.release()
+    bench.expected[: len(NEW)] = NEW
+    await bench.assert_moved(await bench.finish())
+
+
 async def test_a_target_that_cannot_flush_at_the_late_pivot(bench: CrashBench) -> None:
     """There is no way back, but no flush is believed any more until the disk is opened anew."""
     commit = await late(bench)
     await bench.write(0, NEW)
-    bench.at_target.fail("flush", errno=errno.EIO)
+    failing = bench.at_target.fail("flush", errno=errno.EIO)
     commit.release()
     status = await bench.finish()
     assert status.phase is Phase.DONE
+    assert failing.seen == 1
     assert bench.disk.backend is bench.target
     with pytest.raises(OSError, match="Input/output error"):
         await bench.disk.flush()
