@@ -17,6 +17,7 @@ from mirrord.frontends.nbd_server import NbdServer
 from mirrord.nbd import wire
 from tests.frontends.conftest import Serve
 from tests.frontends.doors import SIZE, MemoryDoor
+from tests.helpers import eventually_async
 
 RECONNECT_S = 20
 
@@ -126,9 +127,11 @@ async def test_with_reconnection_its_caller_notices_nothing(tmp_path: Path) -> N
         await door.until(started=4)
         for connection in list(first._connections):
             connection.abort()  # as a kill would
-        await door.until(started=8)  # by its second connection, queued while nobody accepted
+        await eventually_async(lambda: client.reconnects == 1)
+        assert door.started.total() == 4  # its second connection waits for the first one's writes
         door.open_gate()
         await asyncio.gather(*writes)
+        assert door.started.total() == 8
         assert await first.stop(5, coming_back=True)
         read = asyncio.create_task(client.read(0, 2048))
         second = NbdServer(door)
