@@ -91,12 +91,16 @@ class Verifier:
                     mismatches.append(self._tracker.digests.range_of(index)[0])
                 compared += 1
 
+        trouble: Exception | None = None
         try:
             async with asyncio.TaskGroup() as workers:
                 for _ in range(width):
                     workers.create_task(worker())
         except* (SourceError, TargetError) as group:
-            raise group.exceptions[0] from None
+            trouble = group.exceptions[0]
+        # Not raised above: Python 3.11.2 (Debian 12) wraps what is raised inside `except*`.
+        if trouble is not None:
+            raise trouble
         return sorted(mismatches), compared
 
     async def _chunk(self, index: int) -> bool:
