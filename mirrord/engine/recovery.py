@@ -88,21 +88,12 @@ async def start(
         await ledger.append(Kind.PREP, _prep(disk.backend, target))
     except BaseException:
         await target.close()
-        await places.target.discard(request.job_id)
+        await _discard(places, request, target.identity)
         raise
-    return Job(
-        request,
-        disk,
-        (places.source, places.target),
-        (disk.backend.identity, target.identity),
-        store,
-        ledger,
-        around,
-        target=target,
-        bitmap=bitmap,
-        intents=Intents(intent_map, store),
-        progress=progress,
-    )
+    return _job(
+        request, disk, places, (disk.backend.identity, target.identity), store, ledger, around,
+        target, (bitmap, intent_map, progress),
+    )  # fmt: skip
 
 
 async def recover(
@@ -168,19 +159,11 @@ async def _recover_committed(
     bitmap.clear()
     progress.reset()
     progress.restore(ledger.outcome.commit or {})
-    job = Job(
-        request,
-        disk,
-        (places.source, places.target),
-        (Identity(**prep["source"]), identity),
-        store,
-        ledger,
-        around,
-        target=None,
-        bitmap=bitmap,
-        intents=Intents(IntentMap(disk.size, around.settings.region_bytes), store),
-        progress=progress,
-    )
+    intent_map = IntentMap(disk.size, around.settings.region_bytes)
+    job = _job(
+        request, disk, places, (Identity(**prep["source"]), identity), store, ledger, around,
+        None, (bitmap, intent_map, progress),
+    )  # fmt: skip
     return Recovered(disk, places.target.location, job)
 
 
@@ -216,11 +199,29 @@ async def _recover_prepared(
         await ledger.append(Kind.ABORT, {"reason": reason})
         await _conclude_aborted(places, request, ledger)
         return None
+    return _job(
+        request, disk, places, (expected, target.identity), store, ledger, around,
+        target, (bitmap, intent_map, progress),
+    )  # fmt: skip
+
+
+def _job(
+    request: JobRequest,
+    disk: Disk,
+    places: Places,
+    identities: tuple[Identity, Identity],
+    store: JobStore,
+    ledger: Ledger,
+    around: Surroundings,
+    target: Backend | None,
+    maps: tuple[DirtyBitmap, IntentMap, Progress],
+) -> Job:
+    bitmap, intent_map, progress = maps
     return Job(
         request,
         disk,
         (places.source, places.target),
-        (expected, target.identity),
+        identities,
         store,
         ledger,
         around,
