@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mirrord.core.geometry import MIB
-from tests.helpers import require_loop_devices, require_program
+from tests.helpers import eventually, require_loop_devices, require_program
 
 RUN_DEADLINE_S = 30
 
@@ -52,10 +52,16 @@ def loop_device(folder: Path, size: int, sector_bytes: int = 512) -> Iterator[st
 
 def unmount(where: Path) -> None:
     """Unmount; a file that a test left open is that test's failure, but no mount stays."""
-    gc.collect()  # tracebacks of expected refusals hold directories open
+
+    def unmounted() -> bool:
+        gc.collect()  # tracebacks of expected refusals hold directories open
+        done = subprocess.run(["umount", str(where)], capture_output=True, timeout=30)
+        return done.returncode == 0
+
     try:
-        run("umount", str(where))
-    except subprocess.CalledProcessError:
+        # the kernel lets go of files a moment after an io_uring that used them
+        eventually(unmounted, 5, f"{where} is unmounted")
+    except BaseException:
         run("umount", "--lazy", str(where))
         raise
 
@@ -81,7 +87,7 @@ def mounted(kind: str, folder: Path) -> Iterator[Path]:
         try:
             yield where
         finally:
-            run("umount", str(where))
+            unmount(where)
 
 
 def allocated_bytes(path: str | os.PathLike[str]) -> int:
