@@ -9,6 +9,7 @@ status, and an error becomes `{"code": …, "message": …}`.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -46,6 +47,9 @@ STEERING = ("pause", "resume", "cancel", "cutover")
 
 Request = TypeVar("Request", AttachRequest, MoveRequest, LimitRequest)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+# What the state directory's file system says when nothing more can be kept there.
+_STATE_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 class Api(Protocol):
@@ -225,6 +229,9 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         status = 409 if error.exit_code == RefusedError.exit_code else 500
         return _answer(Problem(error.code, str(error)), status)
     except OSError as error:
+        if error.errno in _STATE_FULL:
+            text = f"the state directory can't be written ({error.strerror}): make room there"
+            return _answer(Problem("state-error", text), 409)
         log.exception("request failed path=%s", request.path)
         return _answer(Problem("io-error", f"the daemon failed: {error}"), 500)
     except Exception as error:

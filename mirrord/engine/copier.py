@@ -42,6 +42,7 @@ class Copier:
         settings: EngineSettings,
         window: Window,
         bucket: TokenBucket,
+        share: TokenBucket,
         *,
         in_process: bool,
         report: Callable[[SideError], None],
@@ -54,6 +55,7 @@ class Copier:
         self._settings = settings
         self._window = window
         self._bucket = bucket
+        self._share = share  # what copying gets however much the guest writes, or no move would end
         self._in_process = in_process
         self._report = report
         self._clock = clock
@@ -155,9 +157,11 @@ class Copier:
             if busy and busy + length > self._window.bytes:
                 await self._changed.wait()
                 continue
-            delay_s = self._bucket.delay_s(length, self._clock())
+            now_s = self._clock()
+            delay_s = min(self._bucket.delay_s(length, now_s), self._share.delay_s(length, now_s))
             if delay_s <= 0:
-                self._bucket.charge(length, self._clock())
+                self._bucket.charge(length, now_s)
+                self._share.charge(length, now_s)
                 return True
             timer = loop.call_later(delay_s, self._changed.set)
             try:

@@ -103,6 +103,7 @@ class Job:
             self.cutover_wanted.set()
         self.rates = Rates()
         self._bucket = TokenBucket(self.request.limit, around.clock())
+        self._share = TokenBucket(_share_of(self.request.limit), around.clock())
         self.retirement = Retirement(
             self.request, ledger, *places, self.settings, moved=around.moved
         )
@@ -206,6 +207,7 @@ class Job:
         self._refuse_unless_reversible("limit")
         await self._set(limit=rate)
         self._bucket.set_rate(rate, self.around.clock())
+        self._share.set_rate(_share_of(rate), self.around.clock())
         if self.tracker is not None:
             self.copier.wake()
 
@@ -248,7 +250,7 @@ class Job:
             report=self._trouble, give_up=self._give_up, charge=self._charge,
         )  # fmt: skip
         self.copier = Copier(
-            self.tracker, settings, Window(settings.chunk_bytes), self._bucket,
+            self.tracker, settings, Window(settings.chunk_bytes), self._bucket, self._share,
             in_process=self.request.verify == "full", report=self._trouble, clock=self.around.clock,
         )  # fmt: skip
         self.verifier = Verifier(self.tracker, settings)
@@ -475,3 +477,11 @@ class Job:
 
     def _refusal(self, verb: str, why: str) -> RefusedError:
         return RefusedError("wrong-phase", f"can't {verb} the move of {self.request.disk}: {why}")
+
+
+def _share_of(limit: int) -> int:
+    """Return the part of a limit that mirrored writes can't take from the copier: a quarter.
+
+    A guest that writes more than the limit is not slowed, so something has to exceed it.
+    """
+    return max(1, limit // 4) if limit else 0

@@ -48,8 +48,12 @@ class Retirement:
         """
         await self._insist(lambda: self._moved(self._target_place.location), "the registry")
         self.kept = await self._close(former) or await self._retire(source, target)
-        if self.kept is None:
+        if self.kept is None and source.kind != "block":
             return f"deleted the source {self._request.source}"
+        if self.kept is None and self._request.wipe:
+            return f"overwrote the source {self._request.source} with zeroes and released it"
+        if self.kept is None:
+            return f"released the source {self._request.source}, which keeps its old content"
         return f"kept the source {self._request.source}: {self.kept}"
 
     async def record(self, kind: Kind, payload: Payload) -> None:

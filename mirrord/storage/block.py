@@ -128,6 +128,20 @@ def _attribute(directory: str, name: str) -> str:
         return ""
 
 
+def _same_storage(device: Identity, source: Identity) -> bool:
+    """Tell whether a device's bytes are the source's: two paths to one LUN, a loop over a file."""
+    if source.kind == "block":
+        return device.serial != "" and device.serial == source.serial
+    behind = _attribute(_sysfs(device.device), "loop/backing_file")
+    try:
+        status = os.stat(behind)
+    except OSError:
+        return False
+    return source.kind == "file" and (status.st_dev, status.st_ino) == (
+        source.device, source.inode
+    )  # fmt: skip
+
+
 class BlockBackend(DescriptorBackend):
     """A disk on a block device, or on the beginning of one."""
 
@@ -366,6 +380,11 @@ class BlockPlace(Place):
             )
         descriptor, facts = self._open(False, Cache.WRITEBACK)
         os.close(descriptor)
+        if _same_storage(facts.identity, identity):
+            raise RefusedError(
+                "target-is-source",
+                f"{self.location} is the source under another name: name another target",
+            )
         if facts.identity.size < source.size:
             raise RefusedError(
                 "target-too-small",

@@ -35,3 +35,19 @@ async def test_move_under_load(tmp_path: Path, mode: str, verify: str) -> None:
     assert bench.shelf.names() == ["target"]
     assert status.bytes_remaining == 0
     assert writer.requests > 100
+
+
+async def test_a_guest_that_writes_more_than_the_limit_cannot_stop_the_move(tmp_path: Path) -> None:
+    """Mirrored bytes count against the limit; a quarter of it is the copier's all the same."""
+    bench = Bench(tmp_path, 16 << 20)
+    disk = await bench.open()
+    writer = Writer(disk, seed=5)
+    await writer.fill()
+    job = await bench.start(mode="mirror", verify="none", limit=16 << 20)
+    guest = asyncio.create_task(writer.run())
+    status = await finish(job)
+    writer.stopped = True
+    await guest
+    assert status.phase is Phase.DONE
+    assert job.tracker is not None
+    assert job.tracker.mirrored_bytes > 16 << 20, "the guest alone used the limit up"

@@ -106,6 +106,26 @@ async def test_a_mounted_device_is_in_use(some_io, tmp_path) -> None:
             unmount(where)
 
 
+@pytest.mark.parametrize("source_kind", ["device", "file"])
+async def test_the_source_under_another_name_is_no_target(
+    tmp_path, some_io, source_kind: str
+) -> None:
+    """Two paths to the same bytes: copied onto itself, then wiped, nothing would be left."""
+    backing = make_file(tmp_path / "disk", pattern(SIZE))
+    first, second = (run("losetup", "--find", "--show", str(backing)) for _ in range(2))
+    place = BlockPlace(first, some_io) if source_kind == "device" else FilePlace(
+        str(backing), some_io
+    )  # fmt: skip
+    try:
+        source = await place.open()
+        error = await refusal_of(BlockPlace(second, some_io).check_target(source, needed=0))
+        assert error.code == "target-is-source"
+        await source.close()
+    finally:
+        run("losetup", "--detach", first)
+        run("losetup", "--detach", second)
+
+
 async def test_the_source_and_too_small_devices_are_no_targets(device, some_io) -> None:
     place = BlockPlace(device, some_io)
     error = await refusal_of(place.check_target(open_memory(SIZE + 1), needed=0))
