@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import http.client
 import json
 import os
@@ -216,6 +217,15 @@ async def test_an_error_becomes_a_status(
     served.api.trouble = trouble
     answered, problem = await served.ask("GET", "/v1/disks/vm")
     assert (answered, problem) == (status, {"code": code, "message": str(trouble)})
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+async def test_a_full_state_directory_is_a_refusal(served: Served, number: int) -> None:
+    served.api.trouble = OSError(number, os.strerror(number))
+    status, problem = await served.ask("GET", "/v1/disks")
+    assert (status, problem["code"]) == (409, "state-error")
+    assert "state directory" in problem["message"]
+    assert os.strerror(number) in problem["message"]
 
 
 @pytest.mark.parametrize("trouble", [OSError(5, "Input/output error"), ZeroDivisionError("bug")])

@@ -107,7 +107,8 @@ def test_a_disk_moves_in_every_direction(
     if source_kind == "file":
         assert not source.exists()
     else:
-        assert source.exists()  # a device is released, not wiped
+        assert source.exists()  # a device is released, not wiped, and nobody says otherwise
+        assert "released" in daemon.job(job_id)["reason"]
         assert read_all(source, SIZE_BYTES)[untouched:] == before[untouched:]
     if target_kind == "file":
         allocated = target.stat().st_blocks * 512
