@@ -1,0 +1,55 @@
+"""Guests that write while nobody expects it: before the job runs, and always to one block."""
+
+from __future__ import annotations
+
+from mirrord.core.migration import Phase
+from tests.engine.crashes import UNIT, CrashBench
+from tests.engine.rules import NEW, NEWER, PATIENT, turns
+from tests.helpers import eventually_async
+
+
+async def test_a_write_between_recovery_and_run(bench: CrashBench) -> None:
+    """Both sides were equal before the crash. The disk is served before the job runs, and a guest
+    is quicker: its write is moved like any other."""
+    await bench.hold_mirroring(verify="none")
+    await bench.checkpoint()
+    await bench.kill()
+    await bench.recovered()
+    await bench.write(0, NEW)
+    assert not bench.tracker.bitmap.clean(0, len(NEW))
+    await bench.assert_moved(await bench.cut_over())
+
+
+async def test_a_write_between_start_and_run(bench: CrashBench) -> None:
+    """A hole when the target was made, data when the job looks."""
+    await bench.begin(verify="none")
+    await bench.write(UNIT, NEW)
+    assert bench.marked(UNIT)
+    await bench.assert_moved(await bench.finish())
+
+
+async def test_a_block_that_is_never_idle_gets_clean(bench: CrashBench) -> None:
+    """A mirrored write is under way in a dirty block, the copier waits behind it. When the write
+    ends it marks the block once more; the copier, which reads only then, copies that too."""
+    bench.settings = PATIENT
+    rule = await bench.hold_copying(16, mode="mirror", cutover="manual", verify="none")
+    assert bench.job.migration.phase is Phase.MIRRORING
+    bench.tracker.bitmap.mark(0, 1)
+    leg = bench.at_target.hang("write", within=range(UNIT))
+    ahead = bench.guest(bench.write(0, NEW[:512]))
+    await leg.wait()
+    before = bench.job.copier.copied_bytes
+    rule.release()
+    await eventually_async(
+        lambda: bench.job.copier.copied_bytes > before and bench.job.copier.in_flight_bytes > 0,
+        what="the copier waits for the block",
+    )
+    before = bench.job.copier.copied_bytes
+    behind = bench.guest(bench.write(512, NEWER[:512]))
+    await turns()
+    leg.release()
+    await ahead
+    await behind
+    await eventually_async(lambda: bench.job.held, what="both sides equal")
+    assert bench.job.copier.copied_bytes - before == bench.job.bitmap.granularity
+    await bench.assert_moved(await bench.cut_over())
