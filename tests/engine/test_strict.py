@@ -125,7 +125,7 @@ async def test_a_flush_across_the_abort(bench: CrashBench) -> None:
 async def test_a_job_that_gives_up_meanwhile(bench: CrashBench) -> None:
     """The journal can't be written for a while; then another reason to end the job has its ABORT
     in it first. One is enough."""
-    bench.settings = HASTY
+    bench.settings = replace(HASTY, retry_first_s=1.0, retry_max_s=1.0)
     await bench.begin(verify="none")
     bench.at_files.fail("write_log:COMMIT", errno=errno.EIO)
     answers = bench.at_files.fail(
