@@ -26,7 +26,9 @@ SEED = int(os.environ.get("MIRRORD_KILL_SEED", "1"))
 COPIED_MAX = 1.5  # times the disk: a move that started again would pass it at the second kill
 # What a kill may add to what is left: what was in flight, and what the writer wrote meanwhile.
 AGAIN_MAX_BYTES = 24 * MIB
-LIMIT = "8MiB"  # a bulk pass of sixteen seconds, so that the kills fall into it
+# So slow that all kills fall into the bulk pass, on a busy machine too; each process starts with a
+# burst of some MiB beside it.
+LIMIT = "1MiB"
 
 
 def make_disk(path: Path) -> bytes:
