@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import random
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from mirrord.core.migration import Event, Phase
+from mirrord.engine.activities import ACTIVITIES, Outcome
+from mirrord.engine.job import Job
 from tests.engine import phases
 from tests.engine.crashes import SMALL, UNIT, CrashBench
 from tests.engine.phases import HELD
@@ -92,3 +98,26 @@ async def test_errors_far_apart_are_not_in_a_row(tmp_path: Path) -> None:
     assert Event.PAUSE_REQUESTED not in story(bench)
     await bench.assert_moved(status)
     await bench.close()
+
+
+async def test_what_ends_at_the_same_moment_comes_first(
+    bench: CrashBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass came to its end although the operator cancelled just then: that is told, and the
+    wish is still heard."""
+    honest, begun = ACTIVITIES[Phase.COPYING], asyncio.Event()
+
+    async def copying(job: Job) -> Outcome:
+        begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return await honest(job)
+
+    monkeypatch.setitem(ACTIVITIES, Phase.COPYING, copying)
+    await bench.begin()
+    bench.run()
+    await begun.wait()
+    await bench.job.cancel()
+    assert (await bench.finish()).phase is Phase.CANCELLED
+    assert story(bench) == [Event.STARTED, Event.PASS_ENDED, Event.CANCEL_REQUESTED]
+    assert bench.names() == ["source"]

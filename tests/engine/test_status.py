@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from mirrord.core.geometry import KIB, MIB, Status
 from mirrord.core.pacing import BURST_BYTES
 from mirrord.engine.tracking import EXTENTS_MAX
+from mirrord.errors import RefusedError
 from tests.engine.crashes import UNIT, CrashBench
 from tests.engine.harness import Bench, finish
 from tests.engine.phases import HELD
@@ -56,3 +59,16 @@ async def test_an_answer_about_dirty_extents_is_bounded(tmp_path: Path) -> None:
     rule.release()
     await bench.assert_moved(await bench.finish())
     await bench.close()
+
+
+async def test_a_committed_move_has_nothing_left(bench: CrashBench) -> None:
+    """Also before it runs again after a crash, when nothing of it is to be changed any more."""
+    await bench.begin()
+    retire = bench.at_source.hang("retire")
+    await bench.run_to(retire)
+    await bench.kill()
+    await bench.recovered()
+    assert bench.job.status().bytes_remaining == 0
+    with pytest.raises(RefusedError):
+        await bench.job.limit(MIB)
+    await bench.assert_moved(await bench.finish())
