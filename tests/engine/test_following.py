@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
+from mirrord.core.geometry import MIB
 from mirrord.core.migration import Phase
+from mirrord.core.pacing import BURST_BYTES
 from tests.engine.crashes import UNIT, CrashBench
+from tests.engine.faults import DEADLINE_S
 from tests.engine.rules import NEW, NEWER, PATIENT, turns
 from tests.helpers import eventually_async
 
@@ -53,3 +59,19 @@ async def test_a_block_that_is_never_idle_gets_clean(bench: CrashBench) -> None:
     await eventually_async(lambda: bench.job.held, what="both sides equal")
     assert bench.job.copier.copied_bytes - before == bench.job.bitmap.granularity
     await bench.assert_moved(await bench.cut_over())
+
+
+async def test_a_guest_above_the_limit_does_not_starve_the_copier(tmp_path: Path) -> None:
+    """What it writes is mirrored at once and takes all of the limit, and more: the copier goes on
+    with its share."""
+    bench = CrashBench(tmp_path, BURST_BYTES + 8 * UNIT, settings=PATIENT)
+    await bench.begin(limit=8 * MIB, mode="mirror", verify="none")
+    bench.run()
+    await bench.run_to_phase(Phase.MIRRORING)
+    deadline_s = asyncio.get_running_loop().time() + DEADLINE_S
+    while bench.job.migration.phase is Phase.MIRRORING:
+        await bench.write(0, NEW * 16)
+        await asyncio.sleep(0)
+        assert asyncio.get_running_loop().time() < deadline_s, bench.told()
+    await bench.assert_moved(await bench.finish())
+    await bench.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 
+from mirrord.core.migration import Phase
 from tests.engine.crashes import CrashBench
 from tests.engine.rules import NEW
 
@@ -41,3 +43,21 @@ async def test_a_strangers_file_under_the_final_name_stays(on_files: CrashBench)
     assert on_files.target_path.read_bytes() == b"mine"
     assert on_files.records() == ["PREP", "ABORT", "DONE"]
     await found.disk.backend.close()
+
+
+@pytest.mark.parametrize("wipe", [False, True], ids=["kept", "wiped"])
+async def test_a_block_device_is_released(
+    bench: CrashBench, monkeypatch: pytest.MonkeyPatch, wipe: bool
+) -> None:
+    """It can't be deleted; the operator is told what is on it now."""
+
+    async def nothing(*_: object, **__: object) -> None:
+        return None
+
+    await bench.begin(wipe=wipe)
+    monkeypatch.setattr(bench.source_place.inner, "retire", nothing)
+    monkeypatch.setattr(bench.source_place.inner, "delete_retired", nothing)
+    bench.job.source_identity = replace(bench.job.source_identity, kind="block")
+    status = await bench.finish()
+    assert (status.phase, status.source_kept) == (Phase.DONE, None)
+    assert ("with zeroes" in status.reason, "old content" in status.reason) == (wipe, not wipe)
