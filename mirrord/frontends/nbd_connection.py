@@ -23,11 +23,11 @@ from collections.abc import Awaitable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from mirrord.core.geometry import KIB, Extent
+from mirrord.core.inbox import Inbox
 from mirrord.errors import ProtocolError
 from mirrord.frontends.door import Buffer, carry_on
 from mirrord.nbd import wire
 from mirrord.nbd.handshake import Handshake
-from mirrord.nbd.inbox import Inbox
 from mirrord.nbd.session import Request, Session, cost
 from mirrord.nbd.wire import CMD_FLAG_FUA, CMD_READ, CMD_WRITE
 

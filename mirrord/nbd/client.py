@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from mirrord.core.geometry import KIB
+from mirrord.core.inbox import Inbox
 from mirrord.errors import ProtocolError
 from mirrord.nbd import wire
-from mirrord.nbd.inbox import Inbox
 from mirrord.nbd.wire import Buffer
 
 SIZE_MAX: Final = (1 << 63) - 1  # the largest offset a file can have

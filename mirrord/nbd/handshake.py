@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from mirrord.core.inbox import Inbox
 from mirrord.errors import ProtocolError
 from mirrord.nbd import wire
-from mirrord.nbd.inbox import Inbox
 from mirrord.nbd.limits import Limits
 
 PREFERRED_BLOCK_BYTES: Final = 4096  # a page, and the granularity of the dirty bitmap

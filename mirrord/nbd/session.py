@@ -20,10 +20,10 @@ from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from mirrord.core.geometry import KIB, Extent, Status
+from mirrord.core.inbox import Inbox
 from mirrord.errors import ProtocolError
 from mirrord.nbd import wire
 from mirrord.nbd.handshake import CONTEXT_IDS, Agreed, Export
-from mirrord.nbd.inbox import Inbox
 from mirrord.nbd.limits import Limits
 from mirrord.nbd.wire import (
     CHUNK_FLAG_DONE,

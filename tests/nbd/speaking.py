@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mirrord.core.geometry import Extent, Status
+from mirrord.core.inbox import Inbox
 from mirrord.errors import ProtocolError
 from mirrord.nbd import wire
 from mirrord.nbd.handshake import Export, Handshake
-from mirrord.nbd.inbox import Inbox
 from mirrord.nbd.limits import Limits
 from mirrord.nbd.session import Request, Session, cost
 

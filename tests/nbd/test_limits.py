@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mirrord.nbd.inbox import INBOX_BYTES, SPARE_BYTES
+from mirrord.core.inbox import INBOX_BYTES, SPARE_BYTES
 from mirrord.nbd.limits import Limits
 
 MIB = 1 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirrord.nbd.inbox import INBOX_BYTES, SPARE_BYTES, Inbox
+from mirrord.core.inbox import INBOX_BYTES, SPARE_BYTES, Inbox
 from tests.nbd.speaking import cut, put
 
 
