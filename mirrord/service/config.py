@@ -10,13 +10,14 @@ import grp
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from mirrord.control.messages import VerifyMode
 from mirrord.control.sockets import Access
 from mirrord.errors import RefusedError, UsageError
+from mirrord.service.shares import SectionError, ShareConfig, check_sections, encode_shares
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Mode = Annotated[str, msgspec.Meta(pattern="^0?[0-7]{3}$")]
@@ -49,6 +50,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verify: VerifyMode = "full"  # of a move that doesn't say
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     nbd: NbdConfig = NbdConfig()
+    smb: dict[str, ShareConfig] = {}  # by host/share; what isn't here is never connected to
 
     def control_access(self) -> Access:
         """Return who may connect to the control socket. Raises UsageError for an unknown group."""
@@ -63,7 +65,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def disk_options(self) -> list[str]:
         """Return the options by which a disk process learns what concerns it."""
         limits = msgspec.json.encode(self.nbd).decode()
-        return ["--log-level", self.log_level, "--nbd-limits", limits]
+        shares = encode_shares(self.smb)
+        return ["--log-level", self.log_level, "--smb", shares, "--nbd-limits", limits]
 
 
 def _group_id(key: str, name: str | None) -> int | None:
@@ -120,7 +123,12 @@ def read_config(path: Path | None) -> Config:
     except OSError as error:
         raise RefusedError("config-unreadable", f"can't read {file}: {error.strerror}") from error
     try:
-        return msgspec.toml.decode(text, type=Config)
+        config = msgspec.toml.decode(text, type=Config)
+        check_sections(config.smb)
+        return config
+    except SectionError as error:
+        line = _line_of_section(text.decode(), error.section)
+        raise UsageError(f"{file}{line}: {error}") from error
     except msgspec.ValidationError as error:
         raise UsageError(_explain(file, text.decode(), str(error))) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -129,6 +137,8 @@ def read_config(path: Path | None) -> Config:
 
 def _explain(file: Path, text: str, error: str) -> str:
     """Say where and what: msgspec names the key or the path to it."""
+    if "`$.smb[...]" in error:
+        return _explain_share(file, text, error)
     key = re.search(r"unknown field `([^`]+)`", error)
     place = re.search(r"`\$\.?([\w.]*)`", error)
     path = place[1] if place else ""
@@ -141,10 +151,49 @@ def _explain(file: Path, text: str, error: str) -> str:
     return f"{file}{_line_of(text, key[1])}: unknown key {key[1]}{where}; known are: {known}"
 
 
-def _line_of(text: str, key: str) -> str:
-    """Return ", line N" of the key's first mention; the parser keeps no positions."""
+def _explain_share(file: Path, text: str, error: str) -> str:
+    """Say where and what is wrong in a section [smb."…"]: msgspec doesn't name the section."""
+    section, values, error = _wrong_share(text, error)
+    place, header = f'[smb."{section}"]', _line_of_section(text, section)
+    problem, _, path = error.partition(" - at `$.")
+    missing = re.search(r"required field `([^`]+)`", error)
+    unknown = re.search(r"unknown field `([^`]+)`", error)
+    if missing is not None:
+        return f"{file}{header}: {place} has no {missing[1]}, which it needs"
+    key = unknown[1] if unknown is not None else path.rstrip("`")
+    line = (key and _line_of(text, key, int(header.rpartition(" ")[2] or 0))) or header
+    if unknown is None:
+        return f"{file}{line}: {f'{key} in ' if key else ''}{place}: {problem}"
+    advice = "known are: " + ", ".join(ShareConfig.__struct_fields__)
+    if isinstance(values, dict) and isinstance(values.get(key), dict):
+        advice = 'write the name in quotes, as in [smb."vault.example.com/vms"]'
+    return f"{file}{line}: unknown key {key} in {place}; {advice}"
+
+
+def _wrong_share(text: str, error: str) -> tuple[str, Any, str]:
+    """Return the first section that is wrong, what it has, and the error less the section."""
+    import tomllib  # only what failed needs it
+
+    for section, values in tomllib.loads(text)["smb"].items():
+        try:
+            msgspec.convert(values, ShareConfig)
+        except msgspec.ValidationError as found:
+            return section, values, str(found)
+    return "", None, error
+
+
+def _line_of(text: str, key: str, after: int = 0) -> str:
+    """Return ", line N" of the key's first mention there; the parser keeps no positions."""
     pattern = re.compile(rf"^\s*(?:\[\s*)?[\"']?{re.escape(key)}[\"']?\s*[=\].]")
     for number, line in enumerate(text.splitlines(), 1):
-        if pattern.match(line):
+        if number > after and pattern.match(line):
             return f", line {number}"
     return ""
+
+
+def _line_of_section(text: str, section: str) -> str:
+    """Return ", line N" of the header [smb."section"], or of where it is written otherwise."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(rf"^\s*\[\s*smb\s*\.\s*[\"']?{re.escape(section)}[\"'\].]", line):
+            return f", line {number}"
+    return _line_of(text, section) or _line_of(text, "smb")

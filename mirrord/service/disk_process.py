@@ -212,6 +212,7 @@ def main() -> int:
     parser.add_argument("--report-fd", type=int, required=True)
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--nbd-limits", default="{}")
+    parser.add_argument("--smb", default="{}")
     options = parser.parse_args()
     logs.set_up(f"disk/{options.name}", options.log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
