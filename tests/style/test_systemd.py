@@ -37,6 +37,9 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     # what a restart of the daemon must not do: end disk processes, remove the guests' sockets
     assert "KillMode=process" in text
     assert "RuntimeDirectoryPreserve=yes" in text
+    # what shares need, and what keeps their passwords
+    assert re.search(r"^RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6$", text, re.M)
+    assert re.search(r"^LimitCORE=0$", text, re.M)
     if shutil.which("systemd-analyze"):  # absent in containers; the lines above hold there too
         installed = tmp_path / UNIT.name
         installed.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.M))
