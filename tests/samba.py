@@ -98,6 +98,7 @@ class Samba:
         addresses: Sequence[str] = ("127.0.0.1",),
         ports: int = 1,
         uid: int | None = None,
+        environment: Mapping[str, str] | None = None,
         log_level: int = 1,
     ) -> None:
         """Prepare a server.
@@ -114,7 +115,7 @@ class Samba:
         self.user, self._gid = account.pw_name, account.pw_gid
         self.password = f"pw-{secrets.token_hex(6)}"
         self.addresses = list(addresses)
-        self._reserved = [_reserve(self.addresses) for _ in range(ports)]
+        self._reserved = [reserve_port(self.addresses) for _ in range(ports)]
         self.ports = [int(held[0].getsockname()[1]) for held in self._reserved]
         self.config = self.root / "smb.conf"
         self.leader: int | None = None
@@ -124,6 +125,11 @@ class Samba:
             "min_protocol": min_protocol, "max_protocol": max_protocol,
             "multichannel": "yes" if multichannel else "no",
         }  # fmt: skip
+        self._environment = {
+            "TMPDIR": str(self.root),
+            "HOME": str(self.root),
+            **(environment or {}),
+        }
         self._global_lines, self._share_lines = global_lines, share_lines
         self._make_folders()
         self.shares = {"disks": self.root / "disks"} if shares is None else dict(shares)
@@ -142,7 +148,7 @@ class Samba:
         assert self._process is None
         if rebooted:
             self._forget()
-        environment = {**os.environ, **self._environment()}
+        environment = {**os.environ, **self._environment}
         with (self.root / "logs" / "stdout").open("ab") as log:
             process = subprocess.Popen(
                 [self._smbd, "-F", "--no-process-group", "--debug-stdout",
@@ -326,16 +332,13 @@ class Samba:
             return self._share_lines.get(share, ())
         return self._share_lines
 
-    def _environment(self) -> dict[str, str]:
-        return {"TMPDIR": str(self.root), "HOME": str(self.root)}
-
     def _identity(self) -> dict[str, Any]:
         if self.uid == os.geteuid():
             return {}
         return {"user": self.uid, "group": self._gid, "extra_groups": []}
 
     def _tool(self, program: str, *words: str, text: str = "") -> str:
-        done = subprocess.run(
+        done: subprocess.CompletedProcess[str] = subprocess.run(
             [program, "-s", str(self.config), *words], input=text, capture_output=True,
             text=True, timeout=TOOL_S, cwd=self.root, **self._identity(),
         )  # fmt: skip
@@ -381,7 +384,7 @@ class Samba:
         eventually(lambda: all(_state_of(one) == "Z" for one in pids), STOP_S, "they end")
 
 
-def _reserve(addresses: Sequence[str]) -> list[socket.socket]:
+def reserve_port(addresses: Sequence[str]) -> list[socket.socket]:
     """Bind a free port on every address, not listening: nobody else is given it meanwhile."""
     held: list[socket.socket] = []
     for address in addresses:

@@ -1,4 +1,4 @@
-"""Fixtures that give a test a Samba, for the conftest.py of folders that need one to import."""
+"""Fixtures that give a test a Samba or a realm, for the conftest.py of folders to import."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.kdc import Kdc
 from tests.samba import Samba
 
 
@@ -31,4 +32,14 @@ def make_samba() -> Iterator[Callable[..., Samba]]:
 
     yield make
     for one in made:
+        one.close()
+
+
+@pytest.fixture
+def kdc() -> Iterator[Kdc]:
+    """Start a Kerberos realm of its own for the test."""
+    one = Kdc()
+    try:
+        yield one.start()
+    finally:
         one.close()

@@ -235,11 +235,21 @@ class Proxy:
 
     def hold(self, direction: Direction | None = None) -> None:
         """Forward nothing any more, in one direction or each: accepted, but no answer."""
-        self._now(lambda: [way.flows.clear() for way in self._chosen(direction)])
+
+        def change() -> None:
+            for way in self._chosen(direction):
+                way.flows.clear()
+
+        self._now(change)
 
     def release(self) -> None:
         """Forward what was held, and what comes."""
-        self._now(lambda: [way.flows.set() for way in self.ways.values()])
+
+        def change() -> None:
+            for way in self.ways.values():
+                way.flows.set()
+
+        self._now(change)
 
     def refuse(self, *, cut: bool = True) -> None:
         """Refuse connections, and reset those that there are."""

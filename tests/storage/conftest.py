@@ -9,6 +9,7 @@ import pytest
 
 from mirrord.storage.fileio import FileIo, open_io
 from tests.helpers import require_io_uring
+from tests.smb_fixtures import kdc as kdc
 from tests.smb_fixtures import make_samba as make_samba
 from tests.smb_fixtures import samba as samba
 from tests.storage.places import mounted
