@@ -56,6 +56,7 @@ GLOBAL = """\
     server signing = {signing}
     smb encrypt = {encrypt}
     map to guest = never
+    guest account = {guest}
     restrict anonymous = 2
     load printers = no
     printing = bsd
@@ -241,8 +242,13 @@ class Samba:
         self.password = new
 
     def edit_account(self, *options: str) -> None:
-        """Change the account: `-c [D]` disables it, `--pwd-must-change-time=0` wants a change."""
+        """Change the account by options of pdbedit: `-c [D]` disables it, `-c []` enables it."""
         self._tool(self._pdbedit, "-r", "-u", self.user, *options)
+
+    def want_new_password(self, wanted: bool = True) -> None:
+        """Let nobody in until the password was changed, or no longer want that."""
+        word = "yes" if wanted else "no"
+        self._tool(require_program("net"), "sam", "set", "pwdmustchangenow", self.user, word)
 
     def reconfigure(
         self,
@@ -320,6 +326,7 @@ class Samba:
         text = GLOBAL.format(
             root=self.root, interfaces=" ".join(interfaces),
             ports=" ".join(map(str, self.ports)), **self._settings,
+            guest="daemon" if self.user == "nobody" else "nobody",  # whose account is special
         )  # fmt: skip
         text += "".join(f"    {line}\n" for line in self._global_lines)
         for name, path in self.shares.items():

@@ -158,12 +158,16 @@ def test_a_paused_server_does_not_answer_until_it_goes_on(
     disconnect(tree)
 
 
-def test_the_password_and_the_account_can_be_changed(make_samba: Callable[..., Samba]) -> None:
-    server = make_samba()
+def test_the_password_and_the_account_can_be_changed(anyone: Samba) -> None:
+    server = anyone
     old = server.password
     server.set_password("another one")
     assert "blocks available" in smbclient(server, "ls")
     assert "LOGON_FAILURE" in smbclient(server, "ls", password=old)
+    server.want_new_password()
+    assert "PASSWORD_MUST_CHANGE" in smbclient(server, "ls")
+    server.want_new_password(False)
+    assert "blocks available" in smbclient(server, "ls")
     server.edit_account("-c", "[D]")
     assert "ACCOUNT_DISABLED" in smbclient(server, "ls")
 
