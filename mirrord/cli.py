@@ -380,6 +380,21 @@ def demo(
     raise typer.Exit(demonstration.run(parse_size(size)))
 
 
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="F", help="The configuration file.", show_default=False),
+    ] = None,
+    json: Json = False,
+    socket: Socket = None,
+) -> None:
+    """Look whether this host, the configuration and the shares are in order. Changes nothing."""
+    from mirrord import doctor as consultation
+
+    raise typer.Exit(consultation.run(config, socket, json))
+
+
 def _client(socket: Path | None) -> Client:
     if socket is None:
         from mirrord.service.config import default_socket

@@ -16,7 +16,7 @@ from mirrord.core.geometry import Status
 from mirrord.core.migration import Event, Phase
 from mirrord.core.pacing import PASS_MIN_S, Rates, pass_pays
 from mirrord.core.units import format_bytes
-from mirrord.engine.copier import NO_SPACE
+from mirrord.engine.copier import AWAY, DENIED, NO_SPACE
 from mirrord.engine.cutover import Cutover
 from mirrord.errors import SideError, SourceError, TargetError
 
@@ -163,8 +163,9 @@ async def degraded(job: Job) -> Outcome:
         job.reason = str(trouble)
         if trouble.errno in NO_SPACE:
             return meaning(trouble)
-        if trouble.errno == ETIMEDOUT:
-            # A target that hangs may come back in an hour: that is no reason to give up.
+        if trouble.errno in DENIED:
+            return Event.PAUSE_REQUESTED, f"the target is denied: {trouble}"
+        if trouble.errno in AWAY:
             job.attempts = max(0, job.attempts - 1)
         elif job.attempts >= job.settings.target_attempts_max:
             return Event.PAUSE_REQUESTED, f"{job.attempts} attempts failed, the last: {trouble}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from errno import EDQUOT, EFBIG, ENOSPC
+from errno import EACCES, EDQUOT, EFBIG, ENOSPC, ENOTCONN, EPROTONOSUPPORT, ETIMEDOUT
 
 from xxhash import xxh3_64
 
@@ -27,13 +27,17 @@ from mirrord.errors import SideError, SourceError, TargetError
 from mirrord.storage.backend import Buffer
 
 NO_SPACE = frozenset({ENOSPC, EDQUOT, EFBIG})
+# It may be back in an hour: that is no reason to give up.
+AWAY = frozenset({ETIMEDOUT, ENOTCONN})
+# Somebody has to do something first: a password, a right.
+DENIED = frozenset({EACCES, EPROTONOSUPPORT})
 
 
 class Copier:
     """Copies what the bitmap says.
 
-    `in_process` sends every byte through this process, which digests need; otherwise the
-    backends are asked to copy by themselves first (reflink, copy_file_range).
+    `in_process` sends every byte through this process, which digests need; otherwise, or where a
+    server can copy between two of its files, the backends are asked to copy by themselves first.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class Copier:
         self._window = window
         self._bucket = bucket
         self._share = share  # what copying gets however much the guest writes, or no move would end
-        self._in_process = in_process
+        self._in_process = in_process and not tracker.target.copies_from(tracker.source)
         self._report = report
         self._clock = clock
         self._zeroes = bytes(settings.zero_bytes)
@@ -262,7 +266,7 @@ class Copier:
                 )
             except OSError as error:
                 # Which side failed can't be told from here: reading the source will tell.
-                if error.errno in NO_SPACE:
+                if error.errno in NO_SPACE or error.errno in AWAY:
                     raise TargetError(error, "copy to the target failed", extent.offset) from error
                 done = False
             if not done:

@@ -22,7 +22,7 @@ from typing import Protocol
 
 from mirrord.core.geometry import Extent, Status
 from mirrord.engine.mutation import Mutation, Trim, Write, Zeroes
-from mirrord.storage.backend import Backend, Buffer
+from mirrord.storage.backend import Backend, Buffer, UnreachableError
 
 
 class OtherSideError(OSError):
@@ -59,7 +59,8 @@ class Disk:
     They raise `OSError` with the errno for the guest.
     `size` is the guest's: it stays when the disk moves to a larger device.
     A failed flush is remembered: until the disk is opened anew every later flush and FUA write
-    fails with EIO, because a retried flush proves nothing (rule R9).
+    fails with EIO, because a retried flush proves nothing (rule R9). One that the storage was not
+    reached for is no such failure.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Disk:
         self.size = backend.size if size is None else size
         self.read_only = read_only
         self.backend = backend
-        backend.may_block = True  # this process has no other disk to keep waiting
+        backend.authoritative = True  # this process has no other disk to keep waiting
         self.flush_failed = False
         self._tracker: Tracker | None = None
         self._gate: asyncio.Event | None = None
@@ -104,7 +105,7 @@ class Disk:
                 await backend.flush()
             else:
                 await tracker.flush()
-        except OtherSideError:
+        except (OtherSideError, UnreachableError):
             raise
         except OSError:
             if backend is self.backend:
@@ -165,7 +166,7 @@ class Disk:
         """Make `backend` the authoritative side, stop following, and return the former one."""
         assert self._gate is not None, "a pivot needs a closed gate"
         former, self.backend = self.backend, backend
-        backend.may_block = True
+        backend.authoritative = True
         self.flush_failed = False  # that was the other side, and it is not asked any more
         self._tracker = None
         return former
@@ -197,7 +198,7 @@ class Disk:
                 await mutation.apply(backend)
             else:
                 await self._tracker.mutate(mutation)
-        except OtherSideError:
+        except (OtherSideError, UnreachableError):
             raise
         except OSError as error:
             if backend is self.backend and error.errno != errno.ENOTSUP:

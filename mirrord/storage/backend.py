@@ -17,6 +17,7 @@ What a backend promises:
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
@@ -24,6 +25,17 @@ from enum import Enum
 from mirrord.core.geometry import Extent
 
 Buffer = bytes | bytearray | memoryview
+
+
+class UnreachableError(OSError):
+    """The storage could not be reached in time, and nothing that it acknowledged is lost.
+
+    Unlike any other failure of a flush, this one says nothing about what was written: the flush
+    may be asked for again.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.ETIMEDOUT, why)
 
 
 class Cache(Enum):
@@ -85,9 +97,9 @@ class Backend(ABC):
     name: str = ""  # what a directory as target calls it, empty when it has no name
     capabilities: Capabilities
     identity: Identity
-    # Whether small guest writes may wait for the page cache inline, holding the loop up: right
-    # for the authoritative side, which the guest waits for anyway, never for a job's target.
-    may_block: bool = False
+    # Whether the guest depends on this side; the door sets it. A file may then hold the loop up
+    # for a small write, which the guest waits for anyway; a share waits for its server.
+    authoritative: bool = False
 
     @abstractmethod
     async def read(self, offset: int, length: int) -> Buffer:
@@ -151,6 +163,11 @@ class Backend(ABC):
         Return False, having changed nothing that matters, where it doesn't (another file system,
         another kind of backend): then read and write.
         """
+        return False
+
+    def copies_from(self, source: Backend) -> bool:
+        """Tell whether `copy_from` is so much better that a verified copy uses it, too, and
+        compares both sides afterwards: the bytes stay inside one server."""
         return False
 
     def forget_cache(self, offset: int, length: int) -> None:

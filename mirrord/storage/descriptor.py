@@ -1,7 +1,7 @@
 """A disk behind a file descriptor: what regular files and block devices have in common.
 
 Through the page cache (`Cache.WRITEBACK`): reads that the cache can answer end without an await,
-the rest goes to the `FileIo`. Small guest writes may be done at once where `may_block` allows it.
+the rest goes to the `FileIo`. Small guest writes are done at once on the authoritative side.
 
 Past it (`Cache.DIRECT`): the kernel wants aligned offsets, so
 
@@ -45,7 +45,7 @@ T = TypeVar("T")
 # Reads up to this try the page cache inline: copying it takes the loop some 30 us.
 INLINE_READ_BYTES_MAX = 256 * KIB
 
-# Writes up to this may be done inline (`may_block`): copying it takes the loop some 15 us.
+# Writes up to this may be done inline (`authoritative`): copying it takes the loop some 15 us.
 INLINE_WRITE_BYTES_MAX = 128 * KIB
 
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10
@@ -176,7 +176,7 @@ class DescriptorBackend(Backend):
                 await self._use(self._write_aligned(offset, data, fua))
             else:
                 await self._own(self._write_pieces(offset, constant(data), fua))
-        elif self.may_block and not fua and length <= INLINE_WRITE_BYTES_MAX:
+        elif self.authoritative and not fua and length <= INLINE_WRITE_BYTES_MAX:
             done = os.pwrite(self._descriptor, data, offset)
             if done != length:
                 rest = memoryview(data)[done:]

@@ -1,0 +1,123 @@
+"""`mirrord doctor`: looks whether this host, its configuration and its shares are in order.
+
+It changes nothing, and needs neither root nor a daemon. Each line says how a thing is and what to
+do about it: `ok`, `advice` (it works, and could be better), `problem` (something won't work). A
+problem is exit code 1. After that come the mounted shares: what serves a disk better, the mount
+or smb://, and why.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from mirrord import display
+from mirrord.control.client import Client
+from mirrord.errors import MirrordError, NoDaemonError, RefusedError
+from mirrord.service import checks
+from mirrord.service.checks import Check
+from mirrord.service.config import Config, default_runtime_dir, default_state_dir
+from mirrord.service.mounts import MOUNTINFO, ShareMount, advise, read_mounts
+
+EXIT_PROBLEM = 1
+NAME_COLUMNS = 12  # longer names are those of shares
+INDENT = " " * 9  # what levels take
+
+
+class Diagnosis(msgspec.Struct, frozen=True):
+    """All that was found."""
+
+    checks: list[Check]
+    mounts: list[ShareMount]
+
+
+def run(config: Path | None, socket: Path | None, json: bool) -> int:
+    """Look at everything and print it; return the exit code."""
+    found = diagnose(config, socket)
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    display.put(found, json, lambda shown: describe(shown, columns))
+    return EXIT_PROBLEM if any(check.level == "problem" for check in found.checks) else 0
+
+
+def diagnose(
+    config: Path | None,
+    socket: Path | None,
+    *,
+    mountinfo: Path = MOUNTINFO,
+    environ: Mapping[str, str] = os.environ,
+) -> Diagnosis:
+    """Look at everything. Changes nothing."""
+    mounts = read_mounts(mountinfo)
+    settings, read = checks.check_config(config)
+    credentials = {
+        section: checks.check_credential(section, share, environ)
+        for section, share in settings.smb.items()
+    }
+    usable = {
+        section: share
+        for section, share in settings.smb.items()
+        if credentials[section].level != "problem"
+    }
+    found = [
+        checks.check_python(),
+        checks.check_io(),
+        checks.check_descriptors(),
+        checks.check_fuse(),
+        read,
+        checks.check_state(Path(settings.state_dir or default_state_dir()), mounts),
+        check_daemon(settings, socket),
+        *checks.check_libraries(settings.smb),
+    ]
+    for section, share in settings.smb.items():
+        found += [credentials[section], checks.check_strength(section, share)]
+    return Diagnosis(found, advise(mounts, usable))
+
+
+def check_daemon(config: Config, socket: Path | None) -> Check:
+    """Look whether a daemon answers where a client would look for it."""
+    runtime = Path(config.runtime_dir or default_runtime_dir())
+    address = (socket or Path(config.socket or runtime / "control.sock")).absolute()
+    try:
+        client = Client(address)
+        try:
+            served = len(client.disks())
+        finally:
+            client.close()
+    except NoDaemonError:
+        start = "start one: systemctl start mirrord, or mirrord daemon"
+        return Check("daemon", "advice", f"no daemon answers at {address}", start)
+    except RefusedError as error:
+        return Check("daemon", "advice", str(error), "it runs; ask as a user who may")
+    except MirrordError as error:
+        return Check("daemon", "problem", str(error), "look at its log: journalctl -u mirrord")
+    disks = "1 disk" if served == 1 else f"{served} disks"
+    return Check("daemon", "ok", f"the daemon at {address} serves {disks}")
+
+
+def describe(found: Diagnosis, columns: int | None = None) -> str:
+    """Return a line a check, and a block for each mounted share.
+
+    Lines longer than `columns` are continued below their own text.
+    """
+    lines = []
+    for check in found.checks:
+        text = f"{check.level:<7}  {check.name:<{NAME_COLUMNS}}  {check.text}"
+        lines.append(_wrap(text + (f" — {check.advice}" if check.advice else ""), columns))
+    for mount in found.mounts:
+        text = f"{mount.level:<7}  mount {mount.mount} of {mount.source} — {mount.advice}"
+        lines += ["", _wrap(text, columns)]
+        lines += [_wrap(f"{INDENT}· {reason}", columns) for reason in mount.why]
+    return "\n".join(lines)
+
+
+def _wrap(line: str, columns: int | None) -> str:
+    if columns is None:
+        return line
+    indent = INDENT + "  "
+    return textwrap.fill(line, columns, subsequent_indent=indent, break_on_hyphens=False)

@@ -1,0 +1,436 @@
+"""One SMB connection's requests and replies, bytes in, events out: credits, lanes, breaks, silence.
+
+Until `start` the connection belongs to smbprotocol, which negotiates and authenticates: its
+messages pass as they are, since their very bytes are hashed into the keys (3.1.1). From `start` on
+every message is numbered, paid for and sealed here. smbprotocol's own later ones (creates,
+set-infos) come in by `control`: they get a message id of ours, and their replies get theirs back,
+with as many credits as they asked for, so that its count of them is always enough.
+
+    submit, control ──▸ lanes ──pump──▸ sealed, in `outgoing` ──▸ the socket
+    received ──▸ whole messages ──opened──▸ replies, matched by message id ──▸ returned
+
+Lanes: control first, then small requests, which a guest waits for, then bulk. A bulk request goes
+after `OVERTAKES_MAX` small ones at the latest. So that a small one never waits behind megabytes,
+the owner pumps only while little is unsent, and bulk in flight is bounded: a lot while no small
+ones come, little while they do.
+
+Credits (3.2.4.1.2): a request waits until the server has granted what it costs; the window is never
+overrun. When a server grants too few for a large request, even when asked while nothing is in
+flight, all large ones are `refused`; their owner then asks in pieces of one credit.
+
+Invariants: a message id is used once; a request is in exactly one of a lane and `_pending`; what
+is in flight was paid for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from mirrord.core.geometry import KIB, MIB
+from mirrord.core.inbox import INBOX_BYTES, SPARE_BYTES, Inbox
+from mirrord.errors import ProtocolError
+from mirrord.smb import status as st
+from mirrord.smb import wire
+from mirrord.smb.seal import Seal
+from mirrord.smb.wire import Bytes
+
+# A request or reply up to this is small: a guest's. Larger ones are copying, mostly.
+SMALL_BYTES_MAX: Final = 64 * KIB
+# Bulk in flight: so much keeps loopback and a 10 Gbit/s link with 3 ms of delay busy; while small
+# requests come they wait at most for this little (0.1 ms at 10 Gbit/s, 0.5 ms of crypto).
+BULK_BYTES_MAX: Final = 4 * MIB
+BULK_BYTES_BESIDE_SMALL: Final = 512 * KIB
+# Bulk requests that are held back after the last small one, before the bound is lifted.
+SMALL_REMEMBERED: Final = 64
+# Small requests that may overtake a bulk one that waits.
+OVERTAKES_MAX: Final = 64
+# Credits to ask for: 32 MiB of payload, or a deep queue of a guest's small requests.
+CREDITS_WANTED: Final = 512
+CREDITS_ASKED_MAX: Final = 128  # at a time: some servers grant nothing when asked for too much
+# Before authentication a server has nothing long to say (a SPNEGO token has some kilobytes).
+GREETING_BYTES_MAX: Final = 64 * KIB
+# Around a payload: headers, an ioctl's output, a create's contexts.
+OVERHEAD_BYTES_MAX: Final = 128 * KIB
+# Bytes of an inbox's message that is waited for as a whole; a longer one gets memory of its own.
+_WHOLE_BYTES_MAX = INBOX_BYTES - SPARE_BYTES - wire.LENGTH_BYTES
+_READ_HEAD = wire.READ_DATA_OFFSET
+
+
+class Request:
+    """One request, which can be submitted again, to another channel too.
+
+    `payload_bytes` is what it costs: bytes sent, or bytes of room for the answer.
+    """
+
+    __slots__ = (
+        "body", "command", "control", "data", "owner", "payload_bytes", "pending", "sent_s",
+        "tree_id",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        command: int,
+        body: bytes,
+        *,
+        tree_id: int = 0,
+        data: Bytes = b"",
+        payload_bytes: int = 0,
+        owner: Any = None,
+    ) -> None:
+        self.command = command
+        self.body = body
+        self.tree_id = tree_id
+        self.data = data
+        self.payload_bytes = payload_bytes
+        self.owner = owner  # whatever the shell wants to know it by
+        self.control: wire.Header | None = None  # of smbprotocol's own message
+        self.pending = False  # the server said that it takes long
+        self.sent_s = 0.0
+
+
+Allocate = Callable[[int], tuple[Bytes, memoryview]]
+
+
+def plain_memory(length: int) -> tuple[Bytes, memoryview]:
+    """Return memory for a payload, and a view to fill it by."""
+    memory = bytearray(length)
+    return memory, memoryview(memory)
+
+
+class Reply:
+    """What came for a request: its status, the message, and a payload that was split off."""
+
+    __slots__ = ("message", "payload", "request", "status")
+
+    def __init__(
+        self, request: Request, status: int, message: Bytes, payload: Bytes | None
+    ) -> None:
+        self.request = request
+        self.status = status
+        self.message = message
+        self.payload = payload
+
+
+class Channel:
+    """One connection. The owner feeds `inbox` and calls `received`, and sends `outgoing`."""
+
+    def __init__(self, allocate: Allocate = plain_memory) -> None:
+        self.inbox = Inbox()
+        self.outgoing: list[Bytes] = []
+        self.greeting: list[bytes] = []  # messages for smbprotocol, before `start`
+        self.breaks: list[wire.Break] = []
+        self.refused: list[Request] = []  # too large for what the server grants
+        self.sequence = 0  # channel sequence, the same on all channels of a session
+        self.heard_s = 0.0  # when something came last, by the owner's clock
+        self.seal: Seal | None = None
+        self._allocate = allocate
+        self._session_id = 0
+        self._piece_bytes = 0
+        self._multi_credit = False
+        self._low = 0  # the next message id
+        self._high = 1  # the first one that is not granted: before any reply there is one credit
+        self._pending: dict[int, Request] = {}
+        self._lanes: tuple[deque[Request], ...] = (deque(), deque(), deque())
+        self._bulk_bytes = 0  # in flight
+        self._small_lately = 0
+        self._overtaken = 0
+        self._asking = False  # an ECHO that asks for credits is in flight
+        self._fill: tuple[Request | None, int, bytes, Bytes] | None = None
+
+    # The beginning: smbprotocol's.
+
+    def greet(self, message: bytes) -> None:
+        """Send a message of smbprotocol's as it is, before `start`."""
+        header = wire.parse_header(message)
+        self._low = max(self._low, header.message_id + max(header.charge, 1))
+        self.outgoing += wire.frame(message)
+
+    def start(self, seal: Seal, session_id: int, *, piece_bytes: int, multi_credit: bool) -> None:
+        """Take the connection over, with the keys that were agreed on.
+
+        `piece_bytes` is the most that one read or write moves.
+        """
+        self.seal = seal
+        self._session_id = session_id
+        self._piece_bytes = piece_bytes
+        self._multi_credit = multi_credit
+        self._high = max(self._high, self._low)
+
+    # Asking.
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were sent and not answered."""
+        return len(self._pending)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not been sent."""
+        return sum(map(len, self._lanes))
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; `pump` sends it."""
+        lane = 2 if request.payload_bytes > SMALL_BYTES_MAX else 1
+        self._lanes[lane].append(request)
+
+    def control(self, message: bytes) -> None:
+        """Queue a message of smbprotocol's; its reply is a `Reply` to a request with `control`."""
+        header = wire.parse_header(message)
+        request = Request(header.command, message)
+        request.control = header
+        request.payload_bytes = max(header.charge, 1) * wire.CREDIT_BYTES
+        self._lanes[0].append(request)
+
+    def withdraw(self, request: Request) -> bool:
+        """Take back a request that was not sent; False if it was."""
+        for lane in self._lanes:
+            if request in lane:
+                lane.remove(request)
+                return True
+        return False
+
+    def pump(self, now_s: float) -> None:
+        """Seal and number what may be sent now. Raises ProtocolError when nothing ever may."""
+        control, small, bulk = self._lanes
+        if self.seal is None:
+            return
+        while control and self._affords(control[0]):
+            self._send(control.popleft(), now_s)
+        if control:
+            self._ask_for_credits(control[0], now_s)
+            return
+        while small or bulk:
+            lane = small if small and not (bulk and self._overtaken >= OVERTAKES_MAX) else bulk
+            if lane is bulk and not self._bulk_may_go():
+                if not small:
+                    return
+                lane = small
+            if not self._affords(lane[0]):
+                self._ask_for_credits(lane[0], now_s)
+                return
+            self._overtaken = self._overtaken + 1 if lane is small and bulk else 0
+            self._send(lane.popleft(), now_s)
+
+    def _bulk_may_go(self) -> bool:
+        limit = BULK_BYTES_BESIDE_SMALL if self._small_lately else BULK_BYTES_MAX
+        return not self._bulk_bytes or self._bulk_bytes < limit
+
+    def _charge(self, request: Request) -> int:
+        return wire.charge_of(request.payload_bytes) if self._multi_credit else 1
+
+    def _affords(self, request: Request) -> bool:
+        return self._high - self._low >= self._charge(request)
+
+    def _ask_for_credits(self, request: Request, now_s: float) -> None:
+        """Ask, when no reply to anything else could bring more; give up when that didn't help."""
+        if self._pending:
+            return
+        if self._high == self._low or (self._asking and request.control is not None):
+            raise ProtocolError(f"the server grants {self._high - self._low} credits in all")
+        if self._asking:
+            self._asking = False
+            bulk = self._lanes[2]
+            self.refused += bulk
+            bulk.clear()
+            return
+        self._asking = True
+        self._send(Request(wire.ECHO, wire.echo_body()), now_s, wish=self._charge(request))
+
+    def _send(self, request: Request, now_s: float, wish: int = 0) -> None:
+        assert self.seal is not None
+        charge = self._charge(request)
+        message_id = self._low
+        self._low += charge
+        missing = CREDITS_WANTED - (self._high - self._low)
+        wish = wish or charge + max(0, min(CREDITS_ASKED_MAX, missing))
+        request.sent_s = now_s
+        request.pending = False
+        self._pending[message_id] = request
+        if request.control is not None:
+            head = wire.patched(request.body, message_id, max(wish, request.control.credits))
+        else:
+            head = (
+                wire.pack_header(
+                    request.command,
+                    charge=charge if self._multi_credit else 0,
+                    credits=wish,
+                    message_id=message_id,
+                    tree_id=request.tree_id,
+                    session_id=self._session_id,
+                    sequence=self.sequence,
+                )
+                + request.body
+            )
+            if request.payload_bytes > SMALL_BYTES_MAX:
+                self._bulk_bytes += request.payload_bytes
+            elif request.payload_bytes:
+                self._small_lately = SMALL_REMEMBERED
+        self.outgoing += self.seal.close(head, request.data)
+
+    def keep_alive(self, now_s: float) -> None:
+        """Ask whether the server is there; any answer counts."""
+        if self.seal is not None and self._high > self._low:
+            self._send(Request(wire.ECHO, wire.echo_body()), now_s)
+
+    def acknowledge(self, broken: wire.Break, tree_id: int) -> None:
+        """Agree to what is left of a lease or oplock."""
+        if broken.lease:
+            body = wire.lease_ack_body(broken.key, broken.state)
+        else:
+            body = wire.oplock_ack_body(broken.key, broken.state)
+        self.submit(Request(wire.OPLOCK_BREAK, body, tree_id=tree_id))
+
+    def oldest_s(self, *, pending: bool) -> float | None:
+        """Return when the oldest unanswered request was sent: of those the server said it is
+        at (`pending`), or of the others."""
+        sent = [r.sent_s for r in self._pending.values() if r.pending == pending]
+        return min(sent, default=None)
+
+    def lost(self) -> list[Request]:
+        """Return everything unanswered, oldest first, when the connection is gone."""
+        left = [*self._pending.values()]
+        for lane in self._lanes:
+            left += lane
+            lane.clear()
+        self._pending.clear()
+        self.inbox.let_go()
+        return left
+
+    # Hearing.
+
+    def received(self, count: int, now_s: float) -> list[Reply]:
+        """Note that `count` bytes came into the inbox's buffer; return what they answer.
+
+        Raises ProtocolError: the connection can't be used any more.
+        """
+        self.heard_s = now_s
+        self.inbox.received(count)
+        replies: list[Reply] = []
+        while not self.inbox.waiting:
+            if self._fill is not None:
+                self._filled(replies)
+            elif not self._take(replies):
+                break
+        return replies
+
+    def _take(self, replies: list[Reply]) -> bool:
+        """Take one message from the inbox, or begin to; False when there is no whole one."""
+        inbox = self.inbox
+        have = inbox.end - inbox.start
+        if have < wire.LENGTH_BYTES:
+            return False
+        at = inbox.start + wire.LENGTH_BYTES
+        length = int.from_bytes(inbox.data[inbox.start : at], "big")
+        limit = self._piece_bytes + OVERHEAD_BYTES_MAX if self.seal else GREETING_BYTES_MAX
+        if not wire.HEADER_BYTES <= length <= limit:
+            raise ProtocolError(f"a message of {length} bytes")
+        if have - wire.LENGTH_BYTES >= length:
+            inbox.start = at + length
+            self._message(bytes(memoryview(inbox.data)[at : at + length]), replies)
+            return True
+        if length <= _WHOLE_BYTES_MAX or have < wire.LENGTH_BYTES + _READ_HEAD:
+            return False
+        inbox.start = at
+        self._begin_large(length)
+        return True
+
+    def _begin_large(self, length: int) -> None:
+        """Have a long message received into its own memory: past its head, if it is a read's."""
+        inbox = self.inbox
+        head = bytes(memoryview(inbox.data)[inbox.start : inbox.start + _READ_HEAD])
+        request = self._reads_plainly(head, length)
+        if request is None:
+            head = b""
+        inbox.start += len(head)
+        memory, view = self._allocate(length - len(head))
+        self._fill = (request, length, head, memory)
+        inbox.fill(view)
+
+    def _reads_plainly(self, head: bytes, length: int) -> Request | None:
+        """Return the request, if this begins the plain answer to a read and nothing else."""
+        if head[:4] != wire.SMB2_MAGIC or self.seal is None or not self.seal.splits:
+            return None
+        header = wire.parse_header(head)
+        request = self._pending.get(header.message_id)
+        plain = (
+            request is not None
+            and request.command == wire.READ
+            and request.control is None
+            and header.status == st.SUCCESS
+            and header.next_command == 0
+            and head[66] == _READ_HEAD
+            and int.from_bytes(head[68:72], "little") == length - _READ_HEAD
+        )
+        return request if plain else None
+
+    def _filled(self, replies: list[Reply]) -> None:
+        assert self._fill is not None
+        assert self.seal is not None
+        (request, _length, head, memory), self._fill = self._fill, None
+        if request is None:
+            self._message(memory, replies)
+            return
+        if len(memory) > request.payload_bytes:
+            raise ProtocolError(f"a read of {request.payload_bytes} bytes brought {len(memory)}")
+        self.seal.open_read(head, memory)
+        self._answered(wire.parse_header(head), head, memory, replies)
+
+    def _message(self, message: Bytes, replies: list[Reply]) -> None:
+        seal = self.seal
+        if seal is None:
+            header = wire.parse_header(message)
+            self._high += header.credits
+            self.greeting.append(bytes(message))
+            return
+        if message[:4] == wire.TRANSFORM_MAGIC:
+            for part in _parts(seal.open(message)):
+                self._answered(wire.parse_header(part), part, None, replies)
+        else:
+            for part in _parts(message):
+                opened = seal.open(part)
+                self._answered(wire.parse_header(opened), opened, None, replies)
+
+    def _answered(
+        self, header: wire.Header, message: Bytes, payload: Bytes | None, replies: list[Reply]
+    ) -> None:
+        if not header.flags & wire.FROM_SERVER:
+            raise ProtocolError("a server that sends requests")
+        if header.message_id == wire.UNSOLICITED:
+            if header.command == wire.OPLOCK_BREAK:
+                self.breaks.append(wire.parse_break(message))
+            return
+        request = self._pending.get(header.message_id)
+        if request is None or header.command != request.command:
+            raise ProtocolError(f"an answer to no request of ours: {header.message_id}")
+        self._high = min(self._high + header.credits, self._low + 0xFFFF)
+        if header.status == st.PENDING:
+            request.pending = True
+            return
+        del self._pending[header.message_id]
+        if request.control is None and request.payload_bytes > SMALL_BYTES_MAX:
+            self._bulk_bytes -= request.payload_bytes
+            self._small_lately = max(0, self._small_lately - 1)
+        if request.control is not None:
+            credits = max(request.control.charge, 1)
+            message = wire.patched(message, request.control.message_id, credits)
+        if request.command == wire.ECHO and request.control is None:
+            wire.empty_reply(message)
+            return
+        self._asking = False
+        replies.append(Reply(request, header.status, message, payload))
+
+
+def _parts(message: Bytes) -> list[Bytes]:
+    """Cut a compound into its messages (3.2.5.1.9)."""
+    parts: list[Bytes] = []
+    while True:
+        following = wire.parse_header(message).next_command
+        if not following:
+            parts.append(message)
+            return parts
+        if following < wire.HEADER_BYTES or following % 8 or following >= len(message):
+            raise ProtocolError(f"a compound whose next message is {following} bytes on")
+        parts.append(memoryview(message)[:following])
+        message = memoryview(message)[following:]

@@ -1,0 +1,313 @@
+"""An open file on a share, by mirrord's own framing of its requests: what the data path uses.
+
+Reads and writes are cut into pieces of the session's `piece_bytes`, all in flight at once; the
+channel's lanes and credits see to order and number. A piece is answered whole or is an error: a
+short write is EIO, a short read means that somebody cut the file off (ESTALE).
+
+Zeroing and the map of holes are FSCTLs, framed here as well: they are a guest's requests, and as
+often as its writes. Names and sizes are `control`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from errno import EDQUOT, EFBIG, EIO, ENOSPC, ESTALE
+from typing import TYPE_CHECKING, Final
+
+from mirrord.core.geometry import GIB, MIB, Extent, Status, merge
+from mirrord.smb import status as st
+from mirrord.smb import wire
+from mirrord.smb.channel import SMALL_BYTES_MAX, Reply, Request
+from mirrord.storage.backend import Buffer, Capabilities, Identity
+from mirrord.storage.memory_pool import constant
+from mirrord.storage.remote import LostError, RemoteFile
+from mirrord.storage.smb import control
+from mirrord.storage.smb.control import Handle
+from mirrord.storage.smb.line import TooLargeError
+
+if TYPE_CHECKING:
+    from mirrord.storage.smb.session import ShareSession, Tree
+
+# Punching a hole keeps a server's process busy while it frees the blocks.
+ZERO_BYTES_MAX: Final = GIB
+# Ranges of one answer: 4,096 of them fill the 64 KiB that every server answers with.
+RANGES_BYTES_MAX: Final = 64 * 1024
+# What every server takes ([MS-SMB2] 3.3.3: ServerSideCopyMaxNumberofChunks and its like).
+COPY_CHUNKS_MAX: Final = 16
+COPY_CHUNK_BYTES: Final = MIB
+
+
+class ShareFile(RemoteFile):
+    """An open file on one session."""
+
+    def __init__(
+        self,
+        session: ShareSession,
+        tree: Tree,
+        handle: Handle,
+        identity: Identity,
+        capabilities: Capabilities,
+        *,
+        kept: bool = False,
+    ) -> None:
+        """Take over an open handle."""
+        self.session = session
+        self.tree = tree
+        self.handle = handle
+        self.identity = identity
+        self.size = identity.size
+        self.capabilities = capabilities
+        self.kept = kept
+        self._piece_bytes = session.piece_bytes
+        self._unbuffered = wire.READ_UNBUFFERED if session.unbuffered else 0
+        self._resume_keys: dict[bytes, bytes] = {}
+        self._maps = True  # until the server says that it has no map of holes
+        self._no_copies = False
+        self._clones = True  # until the server says that it can't
+        self._closed = False
+        session.when_broken(handle.guid.bytes, self._broken)
+
+    def when_lost(self, tell: Callable[[LostError], None]) -> None:
+        self.session.when_lost(tell)
+
+    def facts(self) -> dict[str, object]:
+        kept = "persistent" if self.handle.persistent else "durable" if self.handle.durable else ""
+        return {**self.session.facts(), "handle": kept or "plain"}
+
+    def _broken(self, broken: wire.Break) -> None:
+        """The server gave up keeping the handle for us; it still is ours alone while it lives."""
+        self.handle.durable = self.handle.persistent
+
+    # Bytes.
+
+    async def read(self, offset: int, length: int, *, stored: bool = False) -> Buffer:
+        flags = self._unbuffered if stored else 0
+        if length <= SMALL_BYTES_MAX:
+            reply = await self.session.ask(self._read(offset, length, flags))
+            return self._what_was_read(reply, length)
+        replies = await self._in_pieces(
+            lambda at, count: self._read(at, count, flags), offset, length
+        )
+        parts = [self._what_was_read(reply, reply.request.payload_bytes) for reply in replies]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read(self, offset: int, length: int, flags: int) -> Request:
+        body = wire.read_body(self.handle.file_id, offset, length, flags)
+        return Request(wire.READ, body, tree_id=self.tree.tree_id, payload_bytes=length)
+
+    def _what_was_read(self, reply: Reply, length: int) -> Buffer:
+        if reply.status != st.SUCCESS:
+            raise self._failure(reply, "read")
+        data = reply.payload
+        if data is None:
+            data = wire.read_reply(reply.message, length)
+        if len(data) != length:
+            raise OSError(ESTALE, f"the file ends {length - len(data)} bytes before its size")
+        return data
+
+    async def write(self, offset: int, data: Buffer, *, through: bool = False) -> None:
+        data = constant(data)
+        flags = wire.WRITE_THROUGH if through else 0
+        if len(data) <= SMALL_BYTES_MAX:
+            self._was_written(await self.session.ask(self._write(offset, data, flags)))
+            return
+        view = memoryview(data)
+        replies = await self._in_pieces(
+            lambda at, count: self._write(at, view[at - offset :][:count], flags),
+            offset,
+            len(data),
+        )
+        for reply in replies:
+            self._was_written(reply)
+
+    def _was_written(self, reply: Reply) -> None:
+        if reply.status != st.SUCCESS:
+            raise self._failure(reply, "write")
+        count = wire.write_reply(reply.message)
+        if count != reply.request.payload_bytes:
+            raise OSError(EIO, f"the server wrote {count} bytes of a whole request")
+
+    def _write(self, offset: int, data: Buffer, flags: int) -> Request:
+        length = len(data)
+        body = wire.write_body(self.handle.file_id, offset, length, flags)
+        return Request(wire.WRITE, body, tree_id=self.tree.tree_id, data=data, payload_bytes=length)
+
+    async def _in_pieces(
+        self, make: Callable[[int, int], Request], offset: int, length: int
+    ) -> list[Reply]:
+        """Have all pieces of a range in flight at once; they need not lie on any boundary."""
+        end = offset + length
+        while True:
+            piece = self._piece_bytes
+            requests = [make(at, min(piece, end - at)) for at in range(offset, end, piece)]
+            try:
+                return await self._all(requests)
+            except TooLargeError:  # nothing of the others is lost: each is done again, the same
+                self._piece_bytes = wire.CREDIT_BYTES
+
+    async def zero(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            count = min(ZERO_BYTES_MAX, end - offset)
+            await self._ioctl(wire.SET_ZERO_DATA, wire.zero_data(offset, count), "zero")
+            offset += count
+
+    async def flush(self) -> None:
+        body = wire.flush_body(self.handle.file_id)
+        reply = await self.session.ask(Request(wire.FLUSH, body, tree_id=self.tree.tree_id))
+        if reply.status != st.SUCCESS:
+            raise self._failure(reply, "flush")
+        wire.empty_reply(reply.message)
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        if not self._maps:
+            return [Extent(offset, length, Status.DATA)]
+        given = wire.ranges_query(offset, length)
+        body = wire.ioctl_body(
+            self.handle.file_id, wire.QUERY_ALLOCATED_RANGES, given, RANGES_BYTES_MAX
+        )
+        request = Request(
+            wire.IOCTL, body, tree_id=self.tree.tree_id, payload_bytes=RANGES_BYTES_MAX
+        )
+        reply = await self.session.ask(request)
+        partial = reply.status == st.BUFFER_OVERFLOW
+        if reply.status == st.BUFFER_TOO_SMALL:
+            return await self._extents_of_half(offset, length)
+        if reply.status in st.UNSUPPORTED:
+            self._maps = False
+            return [Extent(offset, length, Status.DATA)]
+        if reply.status != st.SUCCESS and not partial:
+            raise self._failure(reply, "the list of allocated ranges")
+        ranges = wire.parse_ranges(wire.ioctl_reply(reply.message, RANGES_BYTES_MAX))
+        return map_of(ranges, offset, length, partial=partial)
+
+    async def _extents_of_half(self, offset: int, length: int) -> list[Extent]:
+        if length <= self._piece_bytes:
+            return [Extent(offset, length, Status.DATA)]
+        return await self.extents(offset, length // 2)
+
+    async def size_now(self) -> int:
+        return await self.session.control(control.size_of, self.tree.share, self.handle)
+
+    # Copies inside the server.
+
+    def copies_from(self, source: RemoteFile) -> bool:
+        """Resume keys are the session's own."""
+        return isinstance(source, ShareFile) and source.session is self.session
+
+    async def copy_from(self, source: RemoteFile, offset: int, length: int) -> bool:
+        if self._no_copies or not isinstance(source, ShareFile) or not self.copies_from(source):
+            return False
+        if self._clones and await self._clone(source, offset, length):
+            return True
+        self._no_copies = not await self._copy(source, offset, length)
+        return not self._no_copies
+
+    async def _clone(self, source: ShareFile, offset: int, length: int) -> bool:
+        """Have both files share the range's blocks; whole clusters, and the end of the file."""
+        given = wire.duplicate_extents(source.handle.file_id, offset, offset, length)
+        try:
+            await self._ioctl(wire.DUPLICATE_EXTENTS, given, "clone")
+        except LostError:
+            raise
+        except OSError:
+            self._clones = False
+            return False
+        return True
+
+    async def _copy(self, source: ShareFile, offset: int, length: int) -> bool:
+        """Have the server copy; False where it doesn't."""
+        try:
+            key = await self._resume_key(source)
+            step = COPY_CHUNKS_MAX * COPY_CHUNK_BYTES
+            for at in range(offset, offset + length, step):
+                await self._copy_step(key, at, min(step, offset + length - at))
+        except LostError:
+            raise
+        except OSError as error:
+            if error.errno in (ENOSPC, EDQUOT, EFBIG):
+                raise
+            return False
+        return True
+
+    async def _copy_step(self, key: bytes, offset: int, length: int) -> None:
+        chunks = [
+            (at, at, min(COPY_CHUNK_BYTES, offset + length - at))
+            for at in range(offset, offset + length, COPY_CHUNK_BYTES)
+        ]
+        output = await self._ioctl(
+            wire.SRV_COPYCHUNK_WRITE, wire.copy_chunks(key, chunks), "copy", room=12
+        )
+        if wire.parse_copied(output)[2] != length:
+            raise OSError(EIO, "the server copied less than it was asked to")
+
+    async def _resume_key(self, source: ShareFile) -> bytes:
+        file_id = source.handle.file_id
+        if file_id not in self._resume_keys:
+            self._resume_keys.clear()
+            output = await source._ioctl(wire.REQUEST_RESUME_KEY, b"", "resume key", room=32)
+            self._resume_keys[file_id] = wire.parse_resume_key(output)
+        return self._resume_keys[file_id]
+
+    # The end.
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.session.when_broken(self.handle.guid.bytes, None)
+        if self.session.lost is None:
+            try:
+                await self.session.control(control.close, self.tree.share, self.handle)
+            except OSError:
+                pass  # the server gives it back by itself when the session ends
+        self.session.release()
+
+    # Inside.
+
+    async def _all(self, requests: list[Request]) -> list[Reply]:
+        """Have all requests in flight at once; return or raise when every one has ended."""
+        answers = [self.session.ask(request) for request in requests]
+        outcomes = await asyncio.gather(*answers, return_exceptions=True)
+        replies: list[Reply] = []
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            replies.append(outcome)
+        return replies
+
+    async def _ioctl(self, code: int, given: bytes, doing: str, room: int = 0) -> bytes:
+        body = wire.ioctl_body(self.handle.file_id, code, given, room)
+        request = Request(wire.IOCTL, body, tree_id=self.tree.tree_id)
+        reply = await self.session.ask(request)
+        if reply.status != st.SUCCESS:
+            raise self._failure(reply, doing)
+        return wire.ioctl_reply(reply.message, room)
+
+    def _failure(self, reply: Reply, doing: str) -> OSError:
+        if reply.status in st.LOST:
+            # The server forgot the session or the handle: the connection is of no use any more.
+            why = f"{self.session.server}: {doing}: {st.name_of(reply.status)}"
+            self.session.abandon(why)
+            return LostError(why)
+        return st.failure(reply.status, f"{self.session.server}: {doing}")
+
+
+def map_of(
+    ranges: list[tuple[int, int]], offset: int, length: int, *, partial: bool
+) -> list[Extent]:
+    """Turn allocated ranges into extents that cover the range; a partial answer ends early."""
+    found: list[Extent] = []
+    at, end = offset, offset + length
+    for start, count in ranges:
+        start, stop = max(start, at), min(start + count, end)
+        if start >= stop:
+            continue
+        found += [Extent(at, start - at, Status.HOLE), Extent(start, stop - start, Status.DATA)]
+        at = stop
+    if not partial:
+        found.append(Extent(at, end - at, Status.HOLE))
+    elif not found:
+        found.append(Extent(offset, length, Status.DATA))
+    return merge(found)

@@ -1,0 +1,551 @@
+"""A name on a share, and the durable steps that a move takes with it.
+
+As `FilePlace`, with what a share has in the place of a file system's means: a handle that nobody
+shares is the lock; a rename is asked of the open handle, and never replaces anything; an open for
+attributes alone, which no lock is in the way of, tells what a name leads to. A file is known by
+its number on its volume, its size and its birth. After each change of a name the folder is
+flushed, where the server does that; where not, `find` accepts either name after a crash.
+
+While the server is away a step tries for `server.PATIENCE_S`, then it is an `OSError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+from mirrord.core.geometry import KIB, TIB
+from mirrord.core.units import format_bytes
+from mirrord.errors import RefusedError
+from mirrord.smb.location import ShareLocation
+from mirrord.storage.backend import Backend, Cache, Capabilities, Identity, Place, UnreachableError
+from mirrord.storage.names import part_name, retired_name
+from mirrord.storage.remote import DeniedError, Door, LostError, RemoteFile
+from mirrord.storage.smb import control
+from mirrord.storage.smb.control import Facts, Handle
+from mirrord.storage.smb.file import ShareFile
+from mirrord.storage.smb.plain import PlainFile, PlainSession
+from mirrord.storage.smb.server import ShareServer
+from mirrord.storage.smb.session import ShareSession, Tree
+from mirrord.storage.steady import SteadyBackend, SteadySettings
+
+KIND: Final = "smb"
+# A handle that a killed process held is given back when its connection is gone: a moment later.
+LOCK_RETRY_S: Final = 0.2
+# Samba sets an end beyond this, but refuses to write there.
+SIZE_IN_DOUBT: Final = 16 * TIB - 64 * KIB
+
+File = ShareFile | PlainFile
+
+
+@dataclass(slots=True)
+class Desk:
+    """A share, ready for work on names."""
+
+    session: ShareSession | PlainSession
+    tree: Tree
+
+    async def ask(self, work: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run one of `control`'s functions."""
+        return await self.session.control(work, self.tree.share, *args, **kwargs)
+
+
+def identity_of(facts: Facts, *, keeps_birth: bool) -> Identity:
+    """Return what a file is known by. A birth that the server makes up is none."""
+    born_ns = facts.born_ns if keeps_birth else 0
+    return Identity(KIND, facts.volume, facts.number, facts.size, born_ns)
+
+
+class SharePlace(Place):
+    """The name of a disk on a share, or of one that will be there."""
+
+    def __init__(self, location: ShareLocation, server: ShareServer) -> None:
+        """Touch nothing. For a target, a folder's location will do."""
+        self._at = location
+        self._server = server
+        self.patience_s = 0.0  # how long a lock that another holds may still go away
+        self._target: SteadyBackend | None = None  # what this job made or found
+        self._settled = False
+
+    @property
+    def location(self) -> str:  # type: ignore[override]
+        return str(self._at)
+
+    @asynccontextmanager
+    async def _desk(self) -> AsyncIterator[Desk]:
+        """Have the share connected, for a step. Raises LostError, DeniedError."""
+        self._server.use()
+        try:
+            session = await self._server.patiently()
+            yield Desk(session, await session.tree(self._at.share))
+        finally:
+            self._server.release()
+
+    @asynccontextmanager
+    async def _refusing(self) -> AsyncIterator[Desk]:
+        """The same for what refuses: RefusedError, or UnreachableError."""
+        try:
+            async with self._desk() as desk:
+                yield desk
+        except DeniedError as error:
+            raise RefusedError(error.code, error.strerror or error.code) from error
+        except LostError as error:
+            raise UnreachableError(error.strerror or "the server is away") from error
+
+    # Opening.
+
+    async def open(self, *, read_only: bool = False, cache: Cache = Cache.WRITEBACK) -> Backend:
+        async with self._refusing() as desk:
+            if self._at.is_folder:
+                raise RefusedError("is-directory", f"{self.location} is a folder: name a file")
+            file = await self._open_patiently(desk, self._at.path, read_only)
+            if file.size == 0:
+                await file.close()
+                raise RefusedError(
+                    "empty", f"{self.location} has no size: a disk needs at least one byte"
+                )
+        return self._steady(file, read_only=read_only)
+
+    async def _open_patiently(self, desk: Desk, path: str, read_only: bool) -> File:
+        until_s = asyncio.get_running_loop().time() + self.patience_s
+        while True:
+            try:
+                return await open_file(self._server, desk, path, read_only=read_only)
+            except (LostError, DeniedError):
+                raise
+            except OSError as error:
+                busy = error.errno == errno.EBUSY
+                if not busy or asyncio.get_running_loop().time() > until_s:
+                    raise self._unopened(error) from error
+            await asyncio.sleep(LOCK_RETRY_S)
+
+    def _unopened(self, error: OSError) -> RefusedError:
+        known = {
+            errno.ENOENT: ("location-missing", "doesn't exist: check the path"),
+            errno.EBUSY: ("in-use", "is in use by another client: stop that first"),
+            errno.EISDIR: ("is-directory", "is a folder: name a file"),
+            errno.EACCES: ("unreadable", "can't be opened by this user: check its permissions"),
+        }
+        code, reason = known.get(
+            error.errno or 0, ("unreadable", f"can't be opened ({error.strerror})")
+        )
+        return RefusedError(code, f"{self.location} {reason}")
+
+    def _steady(self, file: File, *, read_only: bool = False) -> SteadyBackend:
+        settings = self._server.settings
+        return SteadyBackend(
+            file,
+            ShareDoor(self._server, self._at, read_only),
+            SteadySettings(
+                io_timeout_s=settings.io_timeout_s,
+                unflushed_bytes_max=settings.unflushed_bytes_max,
+                write_through=settings.write_through,
+            ),
+            name=self._at.name,
+            read_only=read_only,
+        )
+
+    # The target, before there is one.
+
+    async def check_target(self, source: Backend, *, needed: int, force: bool = False) -> None:
+        async with self._refusing() as desk:
+            try:
+                await self._settle(desk, source)
+                await self._check_folder(desk, needed, force)
+            except (LostError, DeniedError):
+                raise
+            except OSError as error:
+                raise self._not_creatable(error) from error
+
+    async def _settle(self, desk: Desk, source: Backend) -> None:
+        """Turn a folder's location into that of a file in it; refuse a name that is taken."""
+        if not self._settled and await self._is_folder(desk, self._at):
+            if not source.name:
+                raise RefusedError("is-directory", f"{self.location} is a folder: name a file")
+            self._at = self._at.inside(source.name)
+        elif not self._settled and self._at.is_folder:
+            raise RefusedError(
+                "directory-missing", f"there is no folder {self.location}: create it first"
+            )
+        self._settled = True
+        found = await self._look(desk, self._at.path)
+        if found is None:
+            return
+        if source.identity.same_object(identity_of(found, keeps_birth=True)):
+            raise RefusedError(
+                "target-is-source", f"{self.location} is the source itself: name another target"
+            )
+        raise RefusedError(
+            "target-exists",
+            f"{self.location} exists and is never overwritten: name another target or remove it",
+        )
+
+    async def _is_folder(self, desk: Desk, at: ShareLocation) -> bool:
+        if not at.path:
+            return True
+        try:
+            handle = await desk.ask(
+                control.open_handle, at.path, control.LOOK, share=control.SHARED, folder=True
+            )
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return False
+            raise
+        await desk.ask(control.close, handle)
+        return True
+
+    async def _check_folder(self, desk: Desk, needed: int, force: bool) -> None:
+        folder = self._at.folder
+        access = control.LOOK | control.ADD_FILE
+        handle = await desk.ask(
+            control.open_handle, folder, access, share=control.SHARED, folder=True
+        )
+        try:
+            available = await desk.ask(control.available_bytes, handle)
+        finally:
+            await desk.ask(control.close, handle)
+        if needed > available and not force:
+            raise RefusedError(
+                "no-space",
+                f"{self._at.server}/{self._at.share} has not enough space: needed "
+                f"{format_bytes(needed)} ({needed} bytes), available {format_bytes(available)} "
+                f"({available} bytes): free some, or use --force",
+            )
+
+    def _not_creatable(self, error: OSError) -> RefusedError:
+        folder = self._at.folder or self._at.share
+        known = {
+            errno.EEXIST: ("target-exists", "its temporary name is taken: discard the old job"),
+            errno.ENOENT: ("directory-missing", f"there is no folder {folder}: create it first"),
+            errno.ENOTDIR: ("directory-missing", f"{folder} is not a folder: name another"),
+            errno.EACCES: ("directory-not-writable", f"this user can't write to {folder}"),
+            errno.EROFS: ("directory-not-writable", f"{folder} is read-only"),
+            errno.ENOSPC: ("no-space", "the server's file system is full: free some space"),
+            errno.EDQUOT: ("no-space", "the quota is used up: free some space"),
+            errno.EFBIG: (
+                "too-large",
+                "the server takes no file of that size, or would allocate all of it and is full",
+            ),
+            errno.EINVAL: ("bad-name", "the server doesn't take that name: choose another"),
+        }
+        code, reason = known.get(
+            error.errno or 0, ("target-unusable", f"{error.strerror}: choose another target")
+        )
+        return RefusedError(code, f"{self.location} can't be created: {reason}")
+
+    async def create(self, job_id: str, source: Backend, *, cache: Cache) -> Backend:
+        async with self._refusing() as desk:
+            try:
+                await self._settle(desk, source)
+                part = self._part(job_id)
+                handle = await desk.ask(
+                    control.open_handle, part, control.WRITE, create=True, durable=True
+                )
+                try:
+                    file = await self._prepare(desk, handle, part, source.size)
+                except BaseException:
+                    await desk.ask(control.dispose, handle)
+                    await desk.ask(control.close, handle)
+                    raise
+                await self._flush_folder(desk)
+            except (LostError, DeniedError):
+                raise
+            except OSError as error:
+                raise self._not_creatable(error) from error
+        self._target = self._steady(file)
+        return self._target
+
+    async def _prepare(self, desk: Desk, handle: Handle, part: str, size: int) -> File:
+        """Make a new file as large as the source, of holes, durable."""
+        sparse = await desk.ask(control.make_sparse, handle)
+        try:
+            await desk.ask(control.set_size, handle, size)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOSPC):  # how servers say that it is too large
+                raise OSError(errno.EFBIG, error.strerror) from error
+            raise
+        if size > SIZE_IN_DOUBT:
+            await desk.ask(control.probe_end, handle, size)
+        await desk.ask(control.flush, handle)
+        facts = await desk.ask(control.facts, handle)
+        if facts.size != size:
+            raise OSError(errno.EFBIG, f"the server made a file of {facts.size} bytes")
+        return as_file(self._server, desk, handle, facts, part, sparse=sparse)
+
+    # The target, while its job lasts.
+
+    async def find(
+        self, job_id: str, identity: Identity, *, cache: Cache, same_boot: bool = False
+    ) -> Backend | None:
+        async with self._refusing() as desk:
+            for path in (self._part(job_id), self._at.path):
+                if not await self._leads_to(desk, path, identity):
+                    continue
+                file = await self._open_patiently(desk, path, False)
+                if identity.is_still(file.identity):
+                    self._target = self._steady(file)
+                    return self._target
+                await file.close()
+        return None
+
+    async def publish(self, job_id: str) -> None:
+        await self._rename_target(self._part(job_id), self._at.path)
+
+    async def withdraw(self, job_id: str) -> None:
+        if self._target is not None:
+            await self._rename_target(self._at.path, self._part(job_id))
+
+    async def _rename_target(self, old: str, new: str) -> None:
+        """Rename the target by its own handle, unless it has that name already."""
+        target = self._target
+        if target is None:
+            raise FileNotFoundError(errno.ENOENT, "the target is not open", old)
+        door = cast(ShareDoor, target.door)
+        async with self._desk() as desk:
+            found = await self._look(desk, new)
+            if found is None or not target.identity.is_still(
+                identity_of(found, keeps_birth=target.identity.born_ns != 0)
+            ):
+                if found is not None:
+                    raise FileExistsError(errno.EEXIST, "the name is taken", new)
+                if not await self._leads_to(desk, old, target.identity):
+                    raise FileNotFoundError(errno.ENOENT, "the target's file is gone", old)
+                file = cast(File, target.connected())
+                door.paths = [new, old]
+                await desk.ask(control.rename, file.handle, new)
+            door.paths = [new]
+            await self._flush_folder(desk)
+
+    async def discard(self, job_id: str, identity: Identity | None = None) -> None:
+        if self._target is not None:
+            identity = self._target.identity
+            await self._target.close()  # its lock would be in the way
+            self._target = None
+        async with self._desk() as desk:
+            await self._remove(desk, self._part(job_id), None)
+            if identity is not None:
+                await self._remove(desk, self._at.path, identity)
+            await self._flush_folder(desk)
+
+    async def confirm(self, job_id: str, identity: Identity) -> str | None:
+        try:
+            async with self._desk() as desk:
+                found = await self._look(desk, self._at.path)
+        except OSError as error:
+            return f"the target {self.location} can't be looked at ({error.strerror})"
+        if found is None:
+            return f"the target {self.location} is gone"
+        if not identity.is_still(identity_of(found, keeps_birth=identity.born_ns != 0)):
+            return f"the target {self.location} was replaced or changed its size"
+        return None
+
+    # The source, after the commit point.
+
+    async def retire(self, job_id: str, identity: Identity, *, wipe: bool = False) -> str | None:
+        async with self._desk() as desk:
+            retired = self._at.beside(retired_name(self._at.name, job_id)).path
+            if await self._leads_to(desk, retired, identity):
+                await self._flush_folder(desk)
+                return None
+            try:
+                handle = await desk.ask(control.open_handle, self._at.path, control.REMOVE)
+            except LostError:
+                raise
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    return None  # deleted before a crash; RETIRED had not become durable
+                if error.errno == errno.EBUSY:
+                    return f"another client has {self.location} open"
+                return f"{self.location} can't be retired ({error.strerror})"
+            try:
+                return await self._retire(desk, handle, retired, identity)
+            finally:
+                await desk.ask(control.close, handle)
+
+    async def _retire(
+        self, desk: Desk, handle: Handle, retired: str, identity: Identity
+    ) -> str | None:
+        found = await desk.ask(control.facts, handle)
+        if not identity.is_still(identity_of(found, keeps_birth=identity.born_ns != 0)):
+            return f"{self.location} was replaced meanwhile"
+        if found.links > 1:
+            return f"{self.location} has another hard link"
+        await desk.ask(control.rename, handle, retired)
+        await self._flush_folder(desk)
+        return None
+
+    async def delete_retired(self, job_id: str, identity: Identity) -> None:
+        async with self._desk() as desk:
+            retired = self._at.beside(retired_name(self._at.name, job_id)).path
+            await self._remove(desk, retired, identity)
+            await self._flush_folder(desk)
+
+    # What a name leads to.
+
+    def _part(self, job_id: str) -> str:
+        return self._at.beside(part_name(self._at.name, job_id)).path
+
+    async def _look(self, desk: Desk, path: str) -> Facts | None:
+        """Return what a name leads to, past every lock; None when there is nothing."""
+        try:
+            handle = await desk.ask(control.open_handle, path, control.LOOK, share=control.SHARED)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        try:
+            facts: Facts = await desk.ask(control.facts, handle)
+            return facts
+        finally:
+            await desk.ask(control.close, handle)
+
+    async def _leads_to(self, desk: Desk, path: str, identity: Identity) -> bool:
+        found = await self._look(desk, path)
+        return found is not None and identity.is_still(
+            identity_of(found, keeps_birth=identity.born_ns != 0)
+        )
+
+    async def _remove(self, desk: Desk, path: str, identity: Identity | None) -> None:
+        """Delete a name, if it leads to the file of `identity`; None: whatever it leads to."""
+        try:
+            handle = await desk.ask(control.open_handle, path, control.REMOVE)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            raise
+        try:
+            if identity is not None:
+                found = await desk.ask(control.facts, handle)
+                if not identity.is_still(identity_of(found, keeps_birth=identity.born_ns != 0)):
+                    return
+            await desk.ask(control.dispose, handle)
+        finally:
+            await desk.ask(control.close, handle)
+
+    async def _flush_folder(self, desk: Desk) -> None:
+        """Make changes of names durable, where the server does that for a folder."""
+        access = control.LOOK | control.ADD_FILE
+        try:
+            handle = await desk.ask(
+                control.open_handle, self._at.folder, access, share=control.SHARED, folder=True
+            )
+        except LostError:
+            raise
+        except OSError:
+            return  # whoever may not add files here could not have changed a name either
+        try:
+            await desk.ask(control.flush, handle)
+        except LostError:
+            raise
+        except OSError:
+            return  # Windows flushes no folder; its journal has the change
+        finally:
+            await desk.ask(control.close, handle)
+
+
+class ShareDoor(Door):
+    """Opens a disk on a share again."""
+
+    def __init__(self, server: ShareServer, at: ShareLocation, read_only: bool) -> None:
+        self.where = server.name
+        self.paths: list[str] = []  # where it may be, when it was being renamed
+        self._server = server
+        self._share = at.share
+        self._read_only = read_only
+
+    def changed(self) -> bool:
+        return self._server.changed()
+
+    async def reopen(self, former: RemoteFile) -> RemoteFile:
+        session = await self._server.session()
+        tree = await session.tree(self._share)
+        desk = Desk(session, tree)
+        paths = self.paths or [former.path]
+        for path in paths:
+            kept = await self._take_over(desk, former, path)
+            if kept is not None:
+                return kept
+        missing: OSError | None = None
+        for path in paths:
+            try:
+                found = await open_file(self._server, desk, path, read_only=self._read_only)
+            except (LostError, DeniedError):
+                raise
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    # Locked: the server has not noticed yet that the old connection is gone.
+                    raise LostError(f"{self.where}: {error.strerror}") from error
+                missing = error
+                continue
+            if len(paths) == 1 or former.identity.is_still(found.identity):
+                return found
+            await found.close()
+        raise LostError(f"{self.where}: {paths[0]} is not there") from missing
+
+    async def _take_over(self, desk: Desk, former: RemoteFile, path: str) -> File | None:
+        """Have the server give us the handle that it kept, if it did."""
+        handle = cast(File, former).handle
+        if not handle.durable or not isinstance(desk.session, ShareSession):
+            return None
+        access, share = _mode(self._read_only)
+        try:
+            again = await desk.ask(control.reopen_handle, path, access, handle, share=share)
+        except LostError:
+            raise
+        except OSError:
+            handle.durable = False  # forgotten, or somebody else wanted the file
+            return None
+        facts = await desk.ask(control.facts, again)
+        self._server.use()
+        return as_file(
+            self._server, desk, again, facts, path,
+            sparse=former.capabilities.punches_holes, kept=True,
+            keeps_birth=former.identity.born_ns != 0, used=True,
+        )  # fmt: skip
+
+
+def _mode(read_only: bool) -> tuple[int, int]:
+    if read_only:
+        return control.READ, control.SHARED_FOR_READING
+    return control.WRITE, control.NOT_SHARED
+
+
+async def open_file(server: ShareServer, desk: Desk, path: str, *, read_only: bool) -> File:
+    """Open a file that is there, for ourselves alone."""
+    access, share = _mode(read_only)
+    handle = await desk.ask(control.open_handle, path, access, share=share, durable=not read_only)
+    try:
+        facts = await desk.ask(control.facts, handle)
+        sparse = not read_only and await desk.ask(control.make_sparse, handle)
+    except BaseException:
+        await desk.ask(control.close, handle)
+        raise
+    return as_file(server, desk, handle, facts, path, sparse=sparse, keeps_birth=sparse)
+
+
+def as_file(
+    server: ShareServer,
+    desk: Desk,
+    handle: Handle,
+    facts: Facts,
+    path: str,
+    *,
+    sparse: bool,
+    kept: bool = False,
+    keeps_birth: bool | None = None,
+    used: bool = False,
+) -> File:
+    """Return an open handle as a file; the server counts it until it is closed."""
+    able = Capabilities(
+        punches_holes=sparse, fast_zeroes=sparse, starts_zeroed=True, durable_flush=True
+    )
+    identity = identity_of(facts, keeps_birth=sparse if keeps_birth is None else keeps_birth)
+    file = desk.session.file(desk.tree, handle, identity, able, kept=kept)
+    file.path = path
+    if not used:
+        server.use()
+    return file

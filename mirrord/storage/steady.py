@@ -1,0 +1,637 @@
+"""A disk behind a connection that may die: waits, replays what was not flushed, proves, goes on.
+
+Two ways of living, by whether the guest depends on it (`authoritative`, which the door sets):
+
+*A job's target, before the commit.* A lost connection is an error at once: the job degrades and
+copies again. The server may have been restarted and have forgotten what it had not flushed, so the
+first flush after a loss fails, once, if anything was written since the last good one (rule R13);
+whoever flushes then knows that those writes may be gone.
+
+*The authority.* Its requests wait up to `io_timeout_s` for the connection. Every acknowledged
+write is kept in memory until a flush that began after it has ended well; when the file is open
+again, what is kept is written again in its order, then what was in flight, then all is flushed,
+and only then do requests go on. So a server's restart loses nothing, and no read sees a write
+vanish that an earlier one saw: neither an acknowledged one nor one that was in flight.
+
+    connected ──lost──▸ away ──opened again──▸ proving ──equal──▸ replaying ──flushed──▸ connected
+                          ▲                        │                   │
+                          └────────lost────────────┴───────lost───────┘
+                                                        differs ──▸ failed
+
+Proof. A handle that the server kept for us (`RemoteFile.kept`) needs none. Else the identity and
+the size must be the same, and a sample of what was flushed must read back as it was written:
+another file under the name, an older copy, a restored snapshot is refused, and so are all requests
+from then on. `reason` says why.
+
+Order. Overlapping changes are never in flight together (a server may carry them out in any order,
+and the kept ones must be repeated in the order in which they happened).
+
+Interleavings: `_life` grows when the connection is lost. A change that was answered counts as
+acknowledged only in the life in which it was asked, in one stretch with keeping it; an answer of an
+earlier life is not believed but waits for the replay, which has repeated it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, TypeVar, cast
+
+from xxhash import xxh3_64_intdigest
+
+from mirrord.core.geometry import KIB, MIB, Extent, split
+from mirrord.core.ranges import RangeLocks, Ticket
+from mirrord.storage.backend import Backend, Buffer, UnreachableError
+from mirrord.storage.memory_pool import constant
+from mirrord.storage.remote import DeniedError, Door, LostError, RemoteFile
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+SAMPLES_MAX: Final = 128  # of what was flushed: a quarter of a second to read back, at worst
+SAMPLE_BYTES_MAX: Final = 64 * KIB
+EDGE_BYTES: Final = 4 * KIB  # of both ends of the disk, for the first proof
+NEWER_MAX: Final = 256  # changes to look through; a busier disk learns at a calmer flush
+ZERO_PIECE_BYTES: Final = MIB
+_ZEROES = bytes(ZERO_PIECE_BYTES)
+RETRY_FIRST_S: Final = 0.05
+RETRY_MAX_S: Final = 5.0
+# A server that refuses the password is asked again this rarely: accounts get locked.
+DENIED_RETRY_S: Final = 20.0
+DENIED_LOOK_S: Final = 0.5  # whether there is another one
+
+
+@dataclass(frozen=True, slots=True)
+class SteadySettings:
+    """How long to wait, and how much to keep."""
+
+    io_timeout_s: float = 60.0
+    target_wait_s: float = 4.0  # of a target's request, below the engine's limit for a stall
+    unflushed_bytes_max: int = 64 * MIB
+    write_through: bool = False  # every write is durable before its answer, so nothing is kept
+
+
+class Change:
+    """A change of a range, which may be repeated. `data` None makes zeroes."""
+
+    __slots__ = ("data", "fua", "landed", "length", "offset", "punch")
+
+    def __init__(
+        self, offset: int, length: int, data: Buffer | None, *, fua: bool, punch: bool = True
+    ) -> None:
+        self.offset = offset
+        self.length = length
+        self.data = data
+        self.fua = fua
+        self.punch = punch
+        self.landed = False  # the replay has repeated it
+
+    @property
+    def cost(self) -> int:
+        return (0 if self.data is None else self.length) + 256
+
+
+class Kept:
+    """Acknowledged changes that no flush has covered, in order. Pure."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._changes: deque[Change] = deque()
+        self._dropped = 0  # how many left at the front since the beginning
+
+    def __len__(self) -> int:
+        return len(self._changes)
+
+    def __iter__(self) -> Iterator[Change]:
+        return iter(self._changes)
+
+    def add(self, change: Change) -> None:
+        """Keep an acknowledged change."""
+        self._changes.append(change)
+        self.bytes += change.cost
+
+    def mark(self) -> int:
+        """Return a mark behind everything that is kept now, before a flush begins."""
+        return self._dropped + len(self._changes)
+
+    def drop(self, mark: int) -> list[Change]:
+        """Forget what lies before the mark: it is durable. Return it, oldest first."""
+        gone = []
+        while self._dropped < mark and self._changes:
+            change = self._changes.popleft()
+            self.bytes -= change.cost
+            self._dropped += 1
+            gone.append(change)
+        return gone
+
+
+class Samples:
+    """Digests of ranges whose durable content is known: one in each 64 KiB, at most. Pure."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[int, int, int]] = {}  # unit -> offset, length, digest
+
+    def learn(self, offset: int, data: Buffer) -> None:
+        """Remember what is durable at a range, if it lies in one unit."""
+        unit = offset // SAMPLE_BYTES_MAX
+        if (offset + len(data) - 1) // SAMPLE_BYTES_MAX != unit:
+            return
+        self._known.pop(unit, None)
+        if len(self._known) >= SAMPLES_MAX:
+            del self._known[next(iter(self._known))]
+        self._known[unit] = offset, len(data), xxh3_64_intdigest(data)
+
+    def forget(self, offset: int, length: int) -> None:
+        """Know nothing of a range any more: it is being changed."""
+        first, last = offset // SAMPLE_BYTES_MAX, (offset + length - 1) // SAMPLE_BYTES_MAX
+        if last - first < SAMPLES_MAX:
+            for unit in range(first, last + 1):
+                self._known.pop(unit, None)
+        else:
+            for unit in [unit for unit in self._known if first <= unit <= last]:
+                del self._known[unit]
+
+    def all(self) -> list[tuple[int, int, int]]:
+        """Return (offset, length, digest) of each."""
+        return list(self._known.values())
+
+
+class SteadyBackend(Backend):
+    """A backend over `RemoteFile`s, one after another."""
+
+    def __init__(
+        self,
+        file: RemoteFile,
+        door: Door,
+        settings: SteadySettings,
+        *,
+        name: str = "",
+        read_only: bool = False,
+    ) -> None:
+        """Take over an open file; `door` opens it again."""
+        self.size = file.size
+        self.name = name
+        self.identity = file.identity
+        self.capabilities = file.capabilities
+        self.settings = settings
+        self.reason: str | None = None  # why requests wait, or fail
+        self.failed = False
+        self.door = door
+        self._read_only = read_only
+        self._file: RemoteFile | None = file
+        self._former = file
+        self._life = 0
+        self._kept = Kept()
+        self._flying: dict[int, Change] = {}
+        self._next = 0
+        self._samples = Samples()
+        self._locks = RangeLocks()
+        self._waiting: dict[Ticket, asyncio.Future[None]] = {}
+        self._up: list[asyncio.Future[None]] = []
+        self._unflushed = 0  # writes that ended since a flush began that ended well
+        self._suspect = False  # the target may have forgotten some of them
+        self._relief: asyncio.Task[None] | None = None
+        self._recovery: asyncio.Task[None] | None = None
+        self._poisoned: OSError | None = None
+        self._users = 0
+        self._unused: asyncio.Future[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._denied: DeniedError | None = None
+        self._authoritative = False
+        self._learning: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        file.when_lost(lambda why: self._lost(file, why))
+
+    @property
+    def authoritative(self) -> bool:
+        return self._authoritative
+
+    @authoritative.setter
+    def authoritative(self, value: bool) -> None:
+        self._authoritative = value
+        if value and self._learning is None:
+            self._learning = self._loop.create_task(self._learn_edges())
+
+    # What guests and jobs ask.
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        return await self._steadily(lambda file: file.read(offset, length))
+
+    async def read_stored(self, offset: int, length: int) -> Buffer:
+        return await self._steadily(lambda file: file.read(offset, length, stored=True))
+
+    async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        self._check_writable()
+        data = constant(data)
+        if len(data) <= 64 * KIB and type(data) is memoryview:
+            data = bytes(data)  # it may be kept for long, and mustn't keep a whole receive alive
+        await self._change(Change(offset, len(data), data, fua=fua))
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, fua: bool = False, punch: bool = True, fast: bool = False
+    ) -> None:
+        self._check_writable()
+        if fast and not self.capabilities.fast_zeroes:
+            raise OSError(errno.ENOTSUP, "zeroes are not faster than writing here")
+        await self._change(Change(offset, length, None, fua=fua, punch=punch))
+
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        await self.write_zeroes(offset, length, fua=fua)
+
+    async def flush(self) -> None:
+        if not self.authoritative:
+            await self._flush_target()
+            return
+        self._refuse_if_poisoned()
+        while True:
+            mark, life = self._kept.mark(), self._life
+            await self._steadily(lambda file: file.flush())
+            if life == self._life:
+                self._flushed(mark)
+                return
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        return await self._steadily(lambda file: file.extents(offset, length))
+
+    def connected(self) -> RemoteFile:
+        """Return the file that is open now. Raises LostError."""
+        if self._file is None:
+            raise LostError(f"{self.door.where} is away: {self.reason}")
+        return self._file
+
+    async def check_unchanged(self) -> None:
+        file = self._file
+        if file is None:
+            return  # it is proven when it is open again
+        try:
+            size = await file.size_now()
+        except LostError:
+            return
+        if size != self.size:
+            raise OSError(errno.ESTALE, f"its size changed from {self.size} to {size} bytes")
+
+    def copies_from(self, source: Backend) -> bool:
+        mine, other = self._file, self._file_of(source)
+        return mine is not None and other is not None and mine.copies_from(other)
+
+    async def copy_from(self, source: Backend, offset: int, length: int) -> bool:
+        mine, other = self._file, self._file_of(source)
+        if mine is None or other is None or self.authoritative:
+            return False
+        done = await self._used(mine.copy_from(other, offset, length))
+        self._unflushed += done
+        return done
+
+    def _file_of(self, backend: Backend) -> RemoteFile | None:
+        return backend._file if isinstance(backend, SteadyBackend) else None
+
+    def facts(self) -> dict[str, object]:
+        """Return what `show` says about the connection."""
+        state = "failed" if self.failed else "connected" if self._file is not None else "away"
+        return {
+            "state": state,
+            "server": self.door.where,
+            **(self._file or self._former).facts(),
+            "io_timeout_s": self.settings.io_timeout_s,
+            "unflushed_bytes": self._kept.bytes,
+            "reason": self.reason,
+        }
+
+    async def _learn_edges(self) -> None:
+        """Read both ends of the disk, so that there is something to prove it by."""
+        length = min(EDGE_BYTES, self.size)
+        for offset in sorted({0, self.size - length}):
+            ticket = await self._lock(offset, length)
+            try:
+                self._samples.learn(offset, await self.read(offset, length))
+            except OSError as error:
+                log.info("no sample server=%s error=%s", self.door.where, error)
+            finally:
+                self._unlock(ticket)
+
+    async def close(self) -> None:
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        self._wake()
+        while self._users:
+            self._unused = self._loop.create_future()
+            await self._unused
+        for task in (self._learning, self._relief, self._recovery):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait((task,))
+        if len(self._kept):
+            log.info("closed unflushed server=%s bytes=%d", self.door.where, self._kept.bytes)
+        file, self._file = self._file, None
+        self._life += 1
+        await (file or self._former).close()
+
+    def _wake(self) -> None:
+        """Let everybody who waits for the connection look again."""
+        waiting, self._up = self._up, []
+        for one in waiting:
+            if not one.done():
+                one.set_result(None)
+
+    # Changes.
+
+    async def _change(self, change: Change) -> None:
+        if not self.authoritative:
+            await self._on_target(change)
+            return
+        ticket = await self._lock(change.offset, change.length)
+        number, self._next = self._next, self._next + 1
+        self._flying[number] = change
+        try:
+            if self._kept.bytes + change.cost > self.settings.unflushed_bytes_max:
+                await self._relieve()
+            self._samples.forget(change.offset, change.length)
+            await self._carry_out(change)
+        finally:
+            del self._flying[number]
+            self._unlock(ticket)
+
+    async def _lock(self, offset: int, length: int) -> Ticket:
+        ticket = self._locks.acquire(offset, offset + length)
+        if ticket.granted:
+            return ticket
+        waiting = self._waiting[ticket] = self._loop.create_future()
+        try:
+            await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            self._waiting.pop(ticket, None)
+            self._grant(self._locks.cancel(ticket))
+            raise
+        return ticket
+
+    def _unlock(self, ticket: Ticket) -> None:
+        self._grant(self._locks.release(ticket))
+
+    def _grant(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            self._waiting.pop(ticket).set_result(None)
+
+    async def _carry_out(self, change: Change) -> None:
+        """Ask until it is done, or the time is over; then keep it."""
+        until_s = self._loop.time() + self.settings.io_timeout_s
+        through = change.fua or self.settings.write_through
+        while True:
+            file = self._file or await self._wait_up(until_s)
+            if change.landed:  # by the replay, and flushed
+                return
+            life = self._life
+            try:
+                await self._used(_apply(file, change, through=through))
+            except LostError as why:
+                self._lost(file, why)
+                continue
+            if life == self._life:
+                break
+        if self.settings.write_through:
+            return
+        self._kept.add(change)
+        if self._kept.bytes > self.settings.unflushed_bytes_max // 2 and self._relief is None:
+            self._begin_relief()
+
+    async def _on_target(self, change: Change) -> None:
+        file = self._file or await self._wait_up(self._loop.time() + self.settings.target_wait_s)
+        self._unflushed += 1  # it counts from its beginning, and once more when it has ended
+        try:
+            await self._used(_apply(file, change, through=change.fua))
+        except LostError as why:
+            self._lost(file, why)
+            raise
+        finally:
+            self._unflushed += 1
+
+    # Flushing.
+
+    async def _flush_target(self) -> None:
+        file = self._file or await self._wait_up(self._loop.time() + self.settings.target_wait_s)
+        if self._suspect:
+            self._suspect = False
+            raise OSError(
+                errno.EIO,
+                f"the connection to {self.door.where} was lost since the last flush: the server "
+                "may have forgotten what was written",
+            )
+        written = self._unflushed
+        try:
+            await self._used(file.flush())
+        except LostError as why:
+            self._lost(file, why)
+            raise
+        self._unflushed -= written
+
+    def _flushed(self, mark: int) -> None:
+        """A flush that began at the mark has ended well."""
+        gone = self._kept.drop(mark)
+        if len(self._kept) + len(self._flying) > NEWER_MAX:
+            return
+        for change in gone[-SAMPLES_MAX // 4 :]:
+            known = change.data is not None and change.length <= SAMPLE_BYTES_MAX
+            if known and not self._is_changing(change):
+                self._samples.learn(change.offset, cast(Buffer, change.data))
+
+    def _is_changing(self, change: Change) -> bool:
+        """Tell whether something newer was written, or is being written, to the range."""
+        end = change.offset + change.length
+        newer = (*self._kept, *self._flying.values())
+        return any(c.offset < end and change.offset < c.offset + c.length for c in newer)
+
+    def _begin_relief(self) -> None:
+        self._relief = self._loop.create_task(self._relieving())
+
+    async def _relieving(self) -> None:
+        """Flush, so that less has to be kept. A failure is remembered: the guest's next flush."""
+        try:
+            await self.flush()
+        except UnreachableError as error:
+            log.warning("flush not possible server=%s error=%s", self.door.where, error)
+        except OSError as error:
+            self._poisoned = self._poisoned or error
+        finally:
+            self._relief = None
+
+    async def _relieve(self) -> None:
+        if self._relief is None:
+            self._begin_relief()
+        assert self._relief is not None
+        await asyncio.shield(self._relief)
+        self._refuse_if_poisoned()
+
+    def _refuse_if_poisoned(self) -> None:
+        if self._poisoned is not None:
+            raise OSError(errno.EIO, f"an earlier flush failed: {self._poisoned.strerror}")
+
+    # The connection.
+
+    async def _steadily(self, ask: Callable[[RemoteFile], Awaitable[T]]) -> T:
+        """Ask; while the guest depends on it, again and again until there is an answer."""
+        limit_s = self.settings.io_timeout_s if self.authoritative else self.settings.target_wait_s
+        until_s = self._loop.time() + limit_s
+        while True:
+            file = self._file or await self._wait_up(until_s)
+            try:
+                return await self._used(ask(file))
+            except LostError as why:
+                self._lost(file, why)
+                if not self.authoritative:
+                    raise
+
+    async def _wait_up(self, until_s: float) -> RemoteFile:
+        """Return the file once it is open again. Raises UnreachableError when that takes long."""
+        while self._file is None:
+            if self.failed:
+                raise OSError(errno.EIO, self.reason)
+            if self._closing is not None:
+                raise OSError(errno.EBADF, "the disk is closed")
+            if self._denied is not None and not self.authoritative and not self.door.changed():
+                raise OSError(self._denied.errno, self._denied.strerror)
+            waiting: asyncio.Future[None] = self._loop.create_future()
+            self._up.append(waiting)
+            timer = self._loop.call_at(until_s, _end_wait, waiting)
+            try:
+                await waiting
+            except TimeoutError as error:
+                raise UnreachableError(
+                    f"{self.door.where} could not be reached in time: {self.reason}"
+                ) from error
+            finally:
+                timer.cancel()
+        return self._file
+
+    def _lost(self, file: RemoteFile, why: LostError) -> None:
+        """The connection of `file` is lost. Idempotent."""
+        if self._file is not file:
+            return
+        self._file = None
+        self._former = file
+        self._life += 1
+        self.reason = why.strerror
+        if self._unflushed and not self.authoritative:
+            self._suspect = True
+        log.warning("connection lost server=%s error=%s", self.door.where, why.strerror)
+        if self._closing is None and (self._recovery is None or self._recovery.done()):
+            self._recovery = self._loop.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        """Open the file again, however long it takes, and bring it to where it was."""
+        delay_s = 0.0
+        while self._file is None and not self.failed:
+            await asyncio.sleep(delay_s)
+            delay_s = min(max(2 * delay_s, RETRY_FIRST_S), RETRY_MAX_S)
+            try:
+                await self._resume(await self.door.reopen(self._former))
+                delay_s = 0.0
+            except DeniedError as why:
+                self.reason = why.strerror
+                self._denied = why
+                self._wake()  # a target's requests needn't wait for this
+                await self._changed()
+            except OSError as why:
+                self.reason = why.strerror
+
+    async def _changed(self) -> None:
+        """Return when it may be worth asking again after the server said no."""
+        for _ in range(round(DENIED_RETRY_S / DENIED_LOOK_S)):
+            if self.door.changed():
+                break
+            await asyncio.sleep(DENIED_LOOK_S)
+        self._denied = None
+
+    async def _resume(self, file: RemoteFile) -> None:
+        """Prove, replay and flush; then requests go on, or fail for good."""
+        try:
+            doubt = await self._doubt(file)
+            if doubt is None and self.authoritative and not self._read_only:
+                await self._replay(file)
+        except BaseException:
+            await asyncio.shield(file.close())
+            raise
+        if doubt is not None:
+            await file.close()
+            self.failed = True
+            self.reason = doubt
+            log.error("storage failed server=%s reason=%s", self.door.where, doubt)
+        else:
+            # no await below
+            self._file = file
+            self.reason = None
+            log.warning("connected again server=%s", self.door.where)
+            file.when_lost(lambda why: self._lost(file, why))
+        self._wake()
+
+    async def _doubt(self, file: RemoteFile) -> str | None:
+        """Return why this may not be the file that was open before, if so."""
+        if not self.identity.is_still(file.identity):
+            if file.size != self.size:
+                return f"the disk on {self.door.where} has {file.size} bytes, not {self.size}"
+            return f"the disk on {self.door.where} was replaced by another file"
+        if file.kept or not self.authoritative:
+            return None
+        for offset, length, digest in self._samples.all():
+            if any(_overlap(c, offset, length) for c in (*self._kept, *self._flying.values())):
+                continue
+            if xxh3_64_intdigest(await file.read(offset, length)) != digest:
+                return (
+                    f"the disk on {self.door.where} is not as it was left: at offset {offset} "
+                    "something else was read than what had been made durable there"
+                )
+        return None
+
+    async def _replay(self, file: RemoteFile) -> None:
+        """Repeat what a restarted server may have forgotten, then what was in flight."""
+        mark, flying = self._kept.mark(), list(self._flying.values())
+        for change in (*self._kept, *flying):
+            await _apply(file, change, through=False)
+        await file.flush()
+        # no await below: what is repeated here is acknowledged by whoever waits
+        for change in flying:
+            change.landed = True
+        self._flushed(mark)
+
+    async def _used(self, work: Awaitable[T]) -> T:
+        self._users += 1
+        try:
+            return await work
+        finally:
+            self._users -= 1
+            if self._unused is not None and not self._users and not self._unused.done():
+                self._unused.set_result(None)
+
+    def _check_writable(self) -> None:
+        if self._read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+async def _apply(file: RemoteFile, change: Change, *, through: bool) -> None:
+    """Carry a change out."""
+    if change.data is not None:
+        await file.write(change.offset, change.data, through=through)
+        return
+    if change.punch and file.capabilities.punches_holes:
+        await file.zero(change.offset, change.length)
+    else:
+        for at, count in split(change.offset, change.length, ZERO_PIECE_BYTES):
+            await file.write(at, _ZEROES[:count] if count < ZERO_PIECE_BYTES else _ZEROES)
+    if through:
+        await file.flush()
+
+
+def _overlap(change: Change, offset: int, length: int) -> bool:
+    return change.offset < offset + length and offset < change.offset + change.length
+
+
+def _end_wait(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():
+        waiting.set_exception(TimeoutError())
