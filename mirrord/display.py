@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 
 import msgspec
 
-from mirrord.control.messages import Disk, Job
+from mirrord.control.messages import Disk, Job, Share
 from mirrord.core.units import format_bytes, format_duration, format_rate
 
 Shown = TypeVar("Shown")
@@ -83,6 +83,8 @@ def disk(shown: Disk) -> str:
         ("job", shown.job or "-"),
         ("nbd", shown.uris.nbd or "-"),
     ]
+    lines += [("share", _share(one)) for one in (shown.share,) if one is not None]
+    lines += [("target share", _share(one)) for one in (shown.target_share,) if one is not None]
     text = pairs(lines)
     if shown.snippets is not None:
         text += (
@@ -91,6 +93,20 @@ def disk(shown: Disk) -> str:
             f"\n\nnbd-client\n{shown.snippets.nbd_client}"
         )
     return text
+
+
+def _share(share: Share) -> str:
+    """Return one line about the connection to a share."""
+    said = [f"{share.state}: {share.reason}" if share.reason else share.state]
+    if share.dialect:
+        said.append(f"SMB {share.dialect}")
+        said.append(f"encryption {share.encryption}, signing {share.signing}")
+        said.append(f"{share.channels} channel{'' if share.channels == 1 else 's'}")
+        said.append(f"{share.handle} handle")
+    said.append(f"a guest waits up to {share.io_timeout_s:g} s for it")
+    if share.weaknesses:
+        said.append(f"WEAK: {', '.join(share.weaknesses)}")
+    return "; ".join(said)
 
 
 def pairs(lines: Sequence[tuple[str, str]]) -> str:

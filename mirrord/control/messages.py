@@ -50,6 +50,22 @@ class Snippets(msgspec.Struct, frozen=True):
     nbd_client: str
 
 
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """The connection to a share on which a disk lies, or is going to."""
+
+    server: str
+    state: Literal["connected", "away", "failed"]
+    reason: str | None = None  # why it is away, or has failed for good
+    dialect: str | None = None
+    signing: str | None = None
+    encryption: str | None = None
+    channels: int = 0
+    handle: str | None = None  # plain, durable or persistent
+    io_timeout_s: float = 0.0  # how long a guest's request waits for a server that is away
+    unflushed_bytes: int = 0  # acknowledged, and kept to be written again after its restart
+    weaknesses: list[str] = msgspec.field(default_factory=list)  # what its settings allow
+
+
 class Disk(msgspec.Struct, frozen=True, kw_only=True):
     """One disk, as `ls` and `show` print it."""
 
@@ -63,6 +79,8 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     uris: Uris
     clients: int  # connections now
     job: str | None  # id of the unfinished job
+    share: Share | None = None  # of the location, if it lies on one
+    target_share: Share | None = None  # of the unfinished job's target
     snippets: Snippets | None = None
 
 
@@ -152,6 +170,8 @@ class DiskStatus(msgspec.Struct, frozen=True, kw_only=True):
     cache: CacheMode
     clients: int
     job: Job | None  # unfinished, or the last one that ended since the process started
+    share: Share | None = None
+    target_share: Share | None = None
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -174,3 +194,4 @@ class Report(msgspec.Struct, frozen=True):
     """What a starting disk process writes once: it is ready, or why it refuses to serve."""
 
     refused: Problem | None = None
+    unreachable: Problem | None = None  # not now: to be tried again

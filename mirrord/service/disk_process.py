@@ -9,6 +9,7 @@ unfinished move before anything is served, then serves NBD and the private chann
     exit 0  detached, or told to end (SIGTERM, SIGINT: guests get ESHUTDOWN; SIGHUP: they get
             nothing and send again to the next process)
     exit 4  it refuses to serve; its report says why
+    exit 75 its storage is out of reach; its report says why, and it is to be started again
     other   it died; whoever started it starts another
 
 Only what is needed is imported: an idle disk costs its share of memory on every host.
@@ -39,7 +40,9 @@ from mirrord.service import logs, state
 from mirrord.service.channel import ChannelServer, Verb
 from mirrord.service.logs import fields
 from mirrord.service.mover import Mover
+from mirrord.service.shares import ShareConfig, decode_shares
 from mirrord.service.state import Directories, DiskRecord
+from mirrord.storage.backend import UnreachableError
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ FLUSH_DEADLINE_S = 2.0
 # The contract is ten seconds from the signal to the end.
 END_DEADLINE_S = 9.5
 REFUSED_EXIT_CODE = RefusedError.exit_code
+UNREACHABLE_EXIT_CODE = os.EX_TEMPFAIL
 
 
 VERBS = ("pause", "resume", "cancel", "cutover", "limit")
@@ -58,12 +62,18 @@ class DiskProcess:
     """One disk, from its record to its end."""
 
     def __init__(
-        self, name: str, directories: Directories, listener: socket.socket, limits: Limits
+        self,
+        name: str,
+        directories: Directories,
+        listener: socket.socket,
+        limits: Limits,
+        shares: dict[str, ShareConfig],
     ) -> None:
         self._name = name
         self._directories = directories
         self._listener = listener
         self._limits = limits
+        self._shares = shares
         self._detached = asyncio.Event()
         self._told = asyncio.Queue[signal.Signals | None]()  # to end; None: detached
         self._channel = ChannelServer(
@@ -86,7 +96,9 @@ class DiskProcess:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._told.put_nowait, number)
         self._record = await asyncio.to_thread(self._read_record)
-        self._mover = Mover(self._record, self._directories, on_change=self._channel.tell)
+        self._mover = Mover(
+            self._record, self._directories, on_change=self._channel.tell, shares=self._shares
+        )
         await self._mover.open()
         self._server = NbdServer(self._mover.disk, limits=self._limits)
 
@@ -172,11 +184,16 @@ async def _live(options: argparse.Namespace) -> int:
     directories = Directories(options.state, options.runtime)
     limits = Limits(**msgspec.json.decode(options.nbd_limits, type=dict[str, Any]))
     listener = socket.socket(fileno=options.listen_fd)
-    process = DiskProcess(options.name, directories, listener, limits)
+    process = DiskProcess(options.name, directories, listener, limits, decode_shares(options.smb))
     try:
         await process.open()
         await asyncio.to_thread(process.confirm)
         await process.serve()
+    except UnreachableError as error:
+        problem = Problem("unreachable", f"disk {options.name} waits: {error.strerror}")
+        log.warning("unreachable %s", fields(disk=options.name, reason=error.strerror))
+        _report(options.report_fd, Report(unreachable=problem))
+        return UNREACHABLE_EXIT_CODE
     except (MirrordError, OSError) as error:
         problem = _problem(options.name, error)
         log.error("refused %s", fields(disk=options.name, reason=problem.message))

@@ -11,12 +11,12 @@ import asyncio
 import datetime
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import msgspec
 
-from mirrord.control.messages import DiskStatus, Job
+from mirrord.control.messages import DiskStatus, Job, Share
 from mirrord.engine import recovery
 from mirrord.engine.disk import Disk
 from mirrord.engine.job import Job as EngineJob
@@ -28,14 +28,17 @@ from mirrord.errors import DamagedError, MirrordError, RefusedError
 from mirrord.service import history, state
 from mirrord.service.logs import fields
 from mirrord.service.places import PlaceFactory
+from mirrord.service.shares import ShareConfig
 from mirrord.service.state import Directories, DiskRecord, JobRecord
-from mirrord.storage.backend import Cache, Place
+from mirrord.storage.backend import Backend, Cache, Place
 from mirrord.storage.job_files import JobFiles, read_boot_id
 
 log = logging.getLogger(__name__)
 
 # A verb answers once it has taken effect, or after this: a target that hangs delays its end.
 VERB_SETTLES_S = 4.0
+# Guests wait while leftovers of a start are removed; they may lie on a server that is away.
+DISCARD_S = 2.0
 # How a verb shows: the phases of which one is reached, or left.
 _EFFECT: dict[str, Callable[[Job], bool]] = {
     "pause": lambda job: job.ended_already or job.phase == "paused",
@@ -58,13 +61,14 @@ class Mover:
         *,
         on_change: Callable[[Job], None],
         settings: EngineSettings | None = None,
+        shares: Mapping[str, ShareConfig] | None = None,
     ) -> None:
         self._record = record
         self._directories = directories
         self._on_change = on_change
         self._settings = settings or EngineSettings()
         self._cache = Cache(record.cache)
-        self._places = PlaceFactory()
+        self._places = PlaceFactory(shares)
         self._place: Place
         self._job: EngineJob | None = None
         self._job_record: JobRecord | None = None
@@ -103,8 +107,9 @@ class Mover:
             self.disk = Disk(self._record.name, backend, read_only=self._record.read_only)
         for record in unborn:  # C0: what a start that came to no record may have left
             try:
-                await self._places.make(record.target).discard(record.id)
-            except (MirrordError, OSError) as error:
+                async with asyncio.timeout(DISCARD_S):
+                    await self._places.make(record.target).discard(record.id)
+            except (MirrordError, OSError, TimeoutError) as error:
                 log.warning("part left over %s", fields(job=record.id, error=error))
 
     def _find_jobs(self) -> tuple[JobRecord | None, list[JobRecord]]:
@@ -298,7 +303,21 @@ class Mover:
             cache=self._record.cache,
             clients=clients,
             job=self.job(),
+            share=_share(self.disk.backend),
+            target_share=_share(self._target()),
         )
+
+    def _target(self) -> Backend | None:
+        """Return the target of the running job, before its commit."""
+        tracker = self._job.tracker if self._job is not None else None
+        if tracker is None or tracker.target is self.disk.backend:
+            return None
+        return tracker.target
+
+
+def _share(backend: Backend | None) -> Share | None:
+    facts = None if backend is None else backend.facts()
+    return None if facts is None else msgspec.convert(facts, type=Share)
 
 
 async def _harmless(work: Coroutine[Any, Any, None]) -> None:

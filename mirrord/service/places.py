@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mirrord.errors import RefusedError, UsageError
+from mirrord.service.shares import ShareConfig, find_share
+from mirrord.smb.location import parse_location
 
 if TYPE_CHECKING:  # the daemon, which opens no disk, does without
     from mirrord.storage.backend import Place
     from mirrord.storage.fileio import FileIo
+    from mirrord.storage.smb.server import ShareServer
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://|(mem):", re.IGNORECASE | re.ASCII)
 _LATER = {
-    "smb": "an SMB share",
     "nbd": "an NBD export",
     "nbds": "an NBD export",
     "nbd+unix": "an NBD export",
@@ -30,6 +33,8 @@ _LATER = {
 # What a killed disk process had in flight may hold its files, and their locks, a moment longer
 # than it lived; its successor must not take that for another program.
 PATIENCE_S = 1.0
+# A server may take so long to see that a client is gone whose process was killed.
+SHARE_PATIENCE_S = 10.0
 PATH_BYTES_MAX = 4095  # PATH_MAX without its terminating zero
 
 
@@ -55,14 +60,18 @@ def check_location(location: str) -> str:
         raise UsageError(f"{location!r} has control characters, which no location may have")
     scheme = _SCHEME.match(location)
     if scheme is not None:
-        kind = _LATER.get((scheme[1] or scheme[2]).lower())
+        name = (scheme[1] or scheme[2]).lower()
+        if name == "smb":
+            return str(parse_location(location))
+        kind = _LATER.get(name)
         if kind is not None:
             raise RefusedError(
                 "not-supported-yet",
-                f"{location}: {kind} can't be used yet; use a file or a block device",
+                f"{location}: {kind} can't be used yet; use a file, a block device or a share",
             )
         raise UsageError(
-            f"{location!r} is no location mirrord knows; give the path of a file or block device"
+            f"{location!r} is no location mirrord knows; give the path of a file or block device, "
+            "or smb://server/share/path"
         )
     if not location.startswith("/"):
         raise UsageError(f"{location!r} is not an absolute path")
@@ -80,23 +89,37 @@ def same_location(one: str, other: str) -> bool:
     """Tell whether two locations are one thing, by path and by what lies there now. Blocks."""
     if one == other:
         return True
+    if is_share(one) and is_share(other):
+        return parse_location(one).same_place(parse_location(other))
     try:
         return os.path.samefile(one, other)
     except OSError:
         return False
 
 
-class PlaceFactory:
-    """Makes places. They share one way of doing file operations, opened at the first use."""
+def is_share(location: str) -> bool:
+    """Tell whether a checked location lies on a share."""
+    return location.startswith("smb://")
 
-    def __init__(self) -> None:
+
+class PlaceFactory:
+    """Makes places. They share one way of doing file operations, and one connection to a server,
+    each opened at the first use."""
+
+    def __init__(self, shares: Mapping[str, ShareConfig] | None = None) -> None:
+        """`shares` are the sections of the configuration: other shares are refused."""
         self._io: FileIo | None = None
+        self._shares = shares or {}
+        self._servers: dict[tuple[str, ...], ShareServer] = {}
 
     def make(self, location: str, size: int | None = None) -> Place:
         """Return the place that a checked location names; nothing is touched yet.
 
-        `size` is the disk's where it may lie on a larger device.
+        `size` is the disk's where it may lie on a larger device. Raises RefusedError
+        (`share-not-configured`, `bad-name`).
         """
+        if is_share(location):
+            return self._make_share(location)
         from mirrord.storage.fileio import open_io
 
         if self._io is None:
@@ -112,6 +135,19 @@ class PlaceFactory:
         file = FilePlace(location, self._io)
         file.patience_s = PATIENCE_S
         return file
+
+    def _make_share(self, location: str) -> Place:
+        from mirrord.service.share_login import make_server
+        from mirrord.storage.smb.place import SharePlace
+
+        at = parse_location(location)
+        config = find_share(self._shares, at.host, at.port, at.share)
+        key = (at.server, at.user, repr(config))
+        if key not in self._servers:
+            self._servers[key] = make_server(at, config)
+        share = SharePlace(at, self._servers[key])
+        share.patience_s = SHARE_PATIENCE_S
+        return share
 
 
 def _is_device(location: str) -> bool:

@@ -175,6 +175,8 @@ class Registry:
             uris=Uris(nbd=uri),
             clients=status.clients if status and serving else 0,
             job=running.record.id if running else None,
+            share=status.share if status and serving else None,
+            target_share=status.target_share if status and serving else None,
             snippets=snippets(name, socket, read_only=record.read_only if record else False),
         )
 

@@ -189,7 +189,10 @@ class DiskProcess:
         pidfd = os.pidfd_open(process.pid)
         self.pid = process.pid
         try:
-            refusal = (await _read_report(report)).refused
+            told = await _read_report(report)
+            refusal = told.refused
+            if told.unreachable is not None:
+                refusal = self._not_now(told.unreachable)
         except BaseException:
             os.close(pidfd)
             raise
@@ -201,6 +204,12 @@ class DiskProcess:
         self.pid = None
         log.info("disk process ended %s", fields(disk=self.name, status=process.wait()))
         return refusal
+
+    def _not_now(self, problem: Problem) -> Problem | None:
+        """Its storage is away. A disk waits for it; what was just asked for is refused."""
+        self.reason = problem.message
+        attached = (self._directories.disk(self.name) / "disk.json").exists()
+        return None if attached else problem
 
     def _start(self, lock: int) -> tuple[subprocess.Popen[bytes], int]:
         """Start a process that holds the lock and listens; return it and its report's pipe."""

@@ -170,6 +170,10 @@ class Backend(ABC):
         compares both sides afterwards: the bytes stay inside one server."""
         return False
 
+    def facts(self) -> dict[str, object] | None:
+        """Return what `show` says about a connection; None where there is none."""
+        return None
+
     def forget_cache(self, offset: int, length: int) -> None:
         """Hint: nobody will read this range soon; give its clean page cache back."""
         return

@@ -44,7 +44,7 @@ class TestInlineFile(BackendConformance):
     async def backend(self, some_io: FileIo, tmp_path: Path) -> AsyncIterator[Backend]:
         path = make_file(tmp_path / "disk.raw", b"", SIZE)
         opened = await FilePlace(str(path), some_io).open()
-        opened.may_block = True
+        opened.authoritative = True
         yield opened
         await opened.close()
 

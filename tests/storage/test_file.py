@@ -216,7 +216,7 @@ async def main():
         io = open_io(kind)
         backend = await FilePlace({str(path)!r}, io).open()
         for inline in (False, True):
-            backend.may_block = inline
+            backend.authoritative = inline
             try:
                 await backend.write((1 << 20) - 50_000, b"x" * 100_000)
             except OSError as error:
@@ -323,7 +323,7 @@ def _refuse_direct(_: int) -> int:
 async def test_a_cache_hit_and_an_inline_write_end_without_waiting(tmp_path, some_io) -> None:
     """What a frontend starts by hand is then answered in the same batch."""
     backend = await open_file(make_file(tmp_path / "disk", pattern(65536)), some_io)
-    backend.may_block = True
+    backend.authoritative = True
     for coroutine in (backend.read(0, 4096), backend.write(0, b"x" * 4096)):
         with pytest.raises(StopIteration):
             coroutine.send(None)

@@ -59,6 +59,7 @@ class PlainSession:
             "signing": "by encryption" if encrypted else "by smbprotocol",
             "encryption": "by smbprotocol" if encrypted else "none",
             "channels": 0 if self.lost else 1,
+            "weaknesses": list(self.settings.weaknesses),
         }
 
     def when_lost(self, tell: Callable[[LostError], None]) -> None:
@@ -84,7 +85,7 @@ class PlainSession:
             except DeniedError:
                 raise
             except Exception as error:
-                found = told(error, Step(self.server, doing or work.__name__))
+                found = told(error, Step(self.server, doing or getattr(work, "__name__", "a request")))
                 if not isinstance(error, SMBResponseException):
                     self._lose(found.strerror or "the connection broke")
                     assert self.lost is not None

@@ -64,6 +64,7 @@ class ShareSettings:
     unflushed_bytes_max: int = 64 << 20
     write_through: bool = False
     fast: bool = True
+    weaknesses: tuple[str, ...] = ()  # what was allowed that shouldn't have to be, in words
     line: LineSettings = field(default_factory=LineSettings)
 
 
@@ -110,7 +111,7 @@ class ShareSession:
     def facts(self) -> dict[str, object]:
         """Return what `show` says about the session."""
         if not self._seats:
-            return {"channels": 0}
+            return {"channels": 0, "weaknesses": list(self.settings.weaknesses)}
         seat = self._seats[0]
         name = seat.line.channel.seal.name if seat.line.channel.seal is not None else "none"
         dialect = next((n for n, d in DIALECTS.items() if d == seat.connection.dialect), "2.0.2")
@@ -119,6 +120,7 @@ class ShareSession:
             "signing": name if not self.encrypted else "by encryption",
             "encryption": name if self.encrypted else "none",
             "channels": len(self._seats),
+            "weaknesses": list(self.settings.weaknesses),
         }
 
     def when_lost(self, tell: Callable[[LostError], None]) -> None:
@@ -166,7 +168,7 @@ class ShareSession:
             except Exception as error:
                 if self.lost is not None:
                     raise self.lost from error
-                raise told(error, Step(self.server, doing or work.__name__)) from error
+                raise told(error, Step(self.server, doing or getattr(work, "__name__", "a request"))) from error
 
     async def tree(self, share: str) -> Tree:
         """Connect to a share, once. Raises DeniedError (`share-missing`, `share-denied`)."""
@@ -457,5 +459,5 @@ async def in_thread(work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=run, name=f"smb {work.__name__}", daemon=True).start()
+    threading.Thread(target=run, name="smb", daemon=True).start()
     return await done

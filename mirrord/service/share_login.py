@@ -1,0 +1,75 @@
+"""From a share's section in the configuration to a server that storage can use.
+
+Only disk processes that use a share come here, and the helper that tests a credential: it loads
+smbprotocol and cryptography, and prepares the process for both of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Final
+
+from mirrord.service import credentials
+from mirrord.service.credentials import Secret
+from mirrord.service.shares import ShareConfig, weaknesses
+from mirrord.smb.location import ShareLocation
+from mirrord.storage.smb.dial import Security
+from mirrord.storage.smb.server import ShareServer
+from mirrord.storage.smb.session import ShareSettings
+
+# glibc gives large buffers back to the kernel at once, and gets them again a moment later: 1,217
+# page faults for each MiB written. Both limits or neither: one alone turns off what glibc adapts.
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_MMAP_BYTES: Final = 32 << 20
+_TRIM_BYTES: Final = 64 << 20  # stays in the heap at most
+
+
+@dataclass(frozen=True, slots=True)
+class ShareLogin:
+    """Who logs on, as storage wants it."""
+
+    user: str | None
+    password: Secret | None
+    kerberos: bool
+    keytab: str | None
+    ccache: str | None
+
+
+def make_server(at: ShareLocation, config: ShareConfig) -> ShareServer:
+    """Return the server of a share. Connects to nothing and reads no credential yet."""
+    _prepare_process()
+    settings = ShareSettings(
+        security=Security(
+            encrypt=config.encryption == "required",
+            sign=config.signing == "required",
+            min_dialect=config.min_dialect,
+        ),
+        channels=config.channels,
+        io_timeout_s=config.io_timeout,
+        unflushed_bytes_max=config.unflushed_bytes,
+        write_through=config.write_through,
+        fast=config.fast,
+        weaknesses=tuple(weaknesses(config)),
+    )
+    return ShareServer(
+        at, settings, partial(_login, config, at.user), partial(credentials.fingerprint, config)
+    )
+
+
+def _login(config: ShareConfig, user: str) -> ShareLogin:
+    """Read the credential, in whatever state it is now. Raises RefusedError. Blocks."""
+    found = credentials.load(config, location_user=user or None)
+    return ShareLogin(found.account, found.password, found.kerberos, found.keytab, found.ccache)
+
+
+@cache
+def _prepare_process() -> None:
+    """Keep secrets from core dumps, and large buffers in the heap. Once a process."""
+    credentials.harden_process()
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # glibc
+        library.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        library.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
