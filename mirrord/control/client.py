@@ -17,6 +17,8 @@ import msgspec
 
 from mirrord.control.messages import (
     AttachRequest,
+    CredentialTest,
+    CredentialTestRequest,
     Disk,
     Job,
     LimitRequest,
@@ -96,6 +98,11 @@ class Client:
     def limit(self, job_id: str, limit: int) -> Job:
         """Change a job's bandwidth limit, in bytes a second; 0 is none."""
         return self._ask("PATCH", f"/v1/jobs/{_part(job_id)}", Job, LimitRequest(limit))
+
+    def test_credential(self, location: str) -> CredentialTest:
+        """Log on to a share as a disk process would; return what the server gives."""
+        request = CredentialTestRequest(location)
+        return self._ask("POST", "/v1/credential-test", CredentialTest, request)
 
     def _ask(self, method: str, path: str, answer: type[Answer], body: Any = None) -> Answer:
         data = None if body is None else msgspec.json.encode(body)

@@ -147,6 +147,39 @@ class MoveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wipe: bool = False  # a source block device is overwritten with zeroes at the end
 
 
+class CredentialTestRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /v1/credential-test"""
+
+    location: str
+
+
+class CredentialTest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server gives this configuration. A feature that could not be tried is None."""
+
+    location: str
+    server: str
+    user: str | None
+    dialect: str
+    signing: str
+    encryption: str
+    weaknesses: list[str]
+    channels: int  # connections of the session now
+    addresses: list[str]  # that the server offers for more
+    multichannel: bool
+    continuously_available: bool
+    read_bytes_max: int
+    write_bytes_max: int
+    available_bytes: int | None = None
+    writable: bool
+    durable_handle: bool | None = None
+    persistent_handle: bool | None = None
+    sparse: bool | None = None
+    folder_flush: bool | None = None
+    server_side_copy: bool | None = None
+    flush_ms: float | None = None  # of one small write and its flush
+    advice: list[str] = msgspec.field(default_factory=list)
+
+
 class LimitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """PATCH /v1/jobs/{id}"""
 

@@ -21,6 +21,8 @@ from aiohttp import web
 
 from mirrord.control.messages import (
     AttachRequest,
+    CredentialTest,
+    CredentialTestRequest,
     Disk,
     Job,
     LimitRequest,
@@ -45,7 +47,7 @@ SHUTDOWN_S = 2.0
 
 STEERING = ("pause", "resume", "cancel", "cutover")
 
-Request = TypeVar("Request", AttachRequest, MoveRequest, LimitRequest)
+Request = TypeVar("Request", AttachRequest, MoveRequest, LimitRequest, CredentialTestRequest)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # What the state directory's file system says when nothing more can be kept there.
@@ -64,6 +66,7 @@ class Api(Protocol):
     async def job(self, job_id: str) -> Job: ...
     async def steer(self, job_id: str, verb: str) -> Job: ...
     async def limit(self, job_id: str, request: LimitRequest) -> Job: ...
+    async def test_credential(self, request: CredentialTestRequest) -> CredentialTest: ...
 
 
 class ControlServer:
@@ -86,6 +89,7 @@ class ControlServer:
             web.get("/v1/disks/{name}", self._disk, allow_head=False),
             web.delete("/v1/disks/{name}", self._detach),
             web.post("/v1/disks/{name}/move", self._move),
+            web.post("/v1/credential-test", self._test_credential),
             web.get("/v1/jobs", self._jobs, allow_head=False),
             web.get("/v1/jobs/{id}", self._job, allow_head=False),
             web.patch("/v1/jobs/{id}", self._limit),
@@ -148,6 +152,10 @@ class ControlServer:
     async def _limit(self, request: web.Request) -> web.Response:
         wanted = await _body(request, LimitRequest)
         return _answer(await self._api.limit(request.match_info["id"], wanted))
+
+    async def _test_credential(self, request: web.Request) -> web.Response:
+        wanted = await _body(request, CredentialTestRequest)
+        return _answer(await self._api.test_credential(wanted))
 
     async def _steer(self, request: web.Request) -> web.Response:
         info = request.match_info

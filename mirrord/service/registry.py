@@ -16,6 +16,8 @@ import msgspec
 
 from mirrord.control.messages import (
     AttachRequest,
+    CredentialTest,
+    CredentialTestRequest,
     Disk,
     Job,
     LimitRequest,
@@ -26,7 +28,7 @@ from mirrord.control.snippets import nbd_uri, snippets
 from mirrord.control.sockets import check_socket_path
 from mirrord.core.units import check_name
 from mirrord.errors import DamagedError, MirrordError, RefusedError
-from mirrord.service import state
+from mirrord.service import share_test, state
 from mirrord.service.config import Config
 from mirrord.service.logs import fields
 from mirrord.service.moves import Moves
@@ -318,6 +320,10 @@ class Registry:
         target = check_location(request.target)
         location = attached.record.location if attached.record else ""
         return await self._moves.move(name, location, target, request)
+
+    async def test_credential(self, request: CredentialTestRequest) -> CredentialTest:
+        """Try a share's settings in a process of its own. Raises UsageError, RefusedError."""
+        return await share_test.ask(request.location, self._config.smb)
 
     async def jobs(self, disk: str | None) -> list[Job]:
         """Return all jobs, or a disk's, newest first."""

@@ -55,11 +55,11 @@ def make_server(at: ShareLocation, config: ShareConfig) -> ShareServer:
         weaknesses=tuple(weaknesses(config)),
     )
     return ShareServer(
-        at, settings, partial(_login, config, at.user), partial(credentials.fingerprint, config)
+        at, settings, partial(login_of, config, at.user), partial(credentials.fingerprint, config)
     )
 
 
-def _login(config: ShareConfig, user: str) -> ShareLogin:
+def login_of(config: ShareConfig, user: str) -> ShareLogin:
     """Read the credential, in whatever state it is now. Raises RefusedError. Blocks."""
     found = credentials.load(config, location_user=user or None)
     return ShareLogin(found.account, found.password, found.kerberos, found.keytab, found.ccache)

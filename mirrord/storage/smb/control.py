@@ -312,6 +312,18 @@ def make_sparse(tree: Any, handle: Handle) -> bool:
     return True
 
 
+def try_copy(tree: Any, handle: Handle, length: int) -> bool:
+    """Have the server copy the file's beginning behind itself; False where it doesn't."""
+    try:
+        room = OUTPUT_BYTES_MAX
+        output = ioctl(tree, handle.file_id, wire.REQUEST_RESUME_KEY, b"", room)
+        given = wire.copy_chunks(wire.parse_resume_key(output), [(0, length, length)])
+        output = ioctl(tree, handle.file_id, wire.SRV_COPYCHUNK_WRITE, given, room)
+    except SMBResponseException:
+        return False
+    return wire.parse_copied(output)[2] == length
+
+
 def interfaces(tree: Any) -> list[str]:
     """Return the server's addresses that take connections of a session, quickest first.
 

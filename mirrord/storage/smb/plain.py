@@ -85,7 +85,8 @@ class PlainSession:
             except DeniedError:
                 raise
             except Exception as error:
-                found = told(error, Step(self.server, doing or getattr(work, "__name__", "a request")))
+                doing = doing or getattr(work, "__name__", "a request")
+                found = told(error, Step(self.server, doing))
                 if not isinstance(error, SMBResponseException):
                     self._lose(found.strerror or "the connection broke")
                     assert self.lost is not None

@@ -168,7 +168,8 @@ class ShareSession:
             except Exception as error:
                 if self.lost is not None:
                     raise self.lost from error
-                raise told(error, Step(self.server, doing or getattr(work, "__name__", "a request"))) from error
+                doing = doing or getattr(work, "__name__", "a request")
+                raise told(error, Step(self.server, doing)) from error
 
     async def tree(self, share: str) -> Tree:
         """Connect to a share, once. Raises DeniedError (`share-missing`, `share-denied`)."""
