@@ -304,7 +304,7 @@ def test_version_and_help() -> None:
     commands = re.findall(r"^  ([a-z]+)  +\S", out, re.M)
     assert commands == [
         "daemon", "attach", "ls", "show", "move", "jobs", "job", "pause", "resume", "cancel",
-        "cutover", "limit", "wait", "detach", "demo",
+        "cutover", "limit", "wait", "detach", "demo", "doctor",
     ]  # fmt: skip
     for command in commands:
         code, out, _ = run(command, "--help")

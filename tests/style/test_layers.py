@@ -37,7 +37,8 @@ IMPURE = {
 MODULES = python_files("mirrord")
 
 
-COMMAND_LINE = {"cli", "demo", "display", "waiting"}  # modules of one layer, without a folder
+# Modules of one layer, without a folder.
+COMMAND_LINE = {"cli", "demo", "display", "doctor", "waiting"}
 
 
 def layer(name: str) -> str:

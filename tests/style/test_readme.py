@@ -15,7 +15,7 @@ from mirrord import errors
 from tests.style.sources import ROOT
 
 README = (ROOT / "README.md").read_text()
-LATER = {"plan", "doctor"}  # of the contract, not built yet
+LATER = {"plan"}  # of the contract, not built yet
 
 
 def command_rows() -> list[str]:
