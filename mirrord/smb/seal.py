@@ -2,9 +2,10 @@
 
 A `Seal` belongs to one connection of one session. What it opens was made by the server that
 proved to know the user's key, and was not changed on the way; anything else is a ProtocolError.
-What the specification lets pass unsigned (3.2.5.1.3: an interim answer, a break that nobody asked
-for) passes, and nothing else does: an unsigned answer on a signed session is refused, a plain one
-on an encrypted session too.
+Of signed messages the specification exempts two (3.2.5.1.3): an interim answer, whose signature
+means nothing, and a break that nobody asked for. Encrypted sessions get lease breaks in plain, too
+(Samba's belong to no session). Both pass, and nothing else does: whoever forges them can make us
+wait, or give up a promise of the server's, but never answers a request.
 
 Nonces: AES-GCM breaks when one repeats under a key, and all connections of a session share the
 encryption key. So a nonce is (number of the connection in its session, a counter): two
@@ -116,12 +117,10 @@ class Signed(Seal):
         return frame(bytes(header), *parts[1:])
 
     def open(self, message: Bytes) -> Bytes:
-        if message[:4] != wire.SMB2_MAGIC:
-            raise ProtocolError("an encrypted message on a signed session")
         header = wire.parse_header(message)
+        if header.status == status.PENDING or header.message_id == wire.UNSOLICITED:
+            return message
         if not header.flags & wire.SIGNED:
-            if header.status == status.PENDING or header.message_id == wire.UNSOLICITED:
-                return message
             raise ProtocolError("an unsigned answer on a signed session")
         self._check(header.signature, bytes(message[:64]), memoryview(message)[64:])
         return message
@@ -216,8 +215,8 @@ class Encrypted(Seal):
         self.name = cipher.name.replace("_", "-")
         self._session_id = session_id
         gcm = cipher in (Encryption.AES_128_GCM, Encryption.AES_256_GCM)
-        self._nonces = Nonces(connection, 12 if gcm else 11)
         self._nonce_bytes = 12 if gcm else 11
+        self._nonces = Nonces(connection, self._nonce_bytes)
         self._whole = AESGCM(key) if gcm else AESCCM(key)
         self._peer_whole = AESGCM(peer_key) if gcm else AESCCM(peer_key)
         self._aes = algorithms.AES(key) if gcm else None
@@ -243,6 +242,9 @@ class Encrypted(Seal):
 
     def open(self, message: Bytes) -> Bytes:
         if message[:4] != wire.TRANSFORM_MAGIC:
+            header = wire.parse_header(message)
+            if (header.message_id, header.command) == (wire.UNSOLICITED, wire.OPLOCK_BREAK):
+                return message
             raise ProtocolError("a plain answer on an encrypted session")
         if len(message) < TRANSFORM_BYTES + wire.HEADER_BYTES:
             raise ProtocolError(f"an encrypted message of {len(message)} bytes")
