@@ -61,12 +61,14 @@ def read_all(path: Path, size_bytes: int) -> bytes:
         return file.read(size_bytes)
 
 
-def move_under_writer(daemon: Daemon, target: Path, mode: str) -> tuple[Writer, str]:
+def move_under_writer(
+    daemon: Daemon, target: Path | str, mode: str, *options: str
+) -> tuple[Writer, str]:
     """Move disk `vm` while a writer writes from before to after; return both."""
     writer = Writer(daemon.nbd_socket("vm"), "vm", seed=2, hot_blocks=1024)
     writer.start()
     writer.wait_acknowledged(200)
-    job_id = daemon.move("vm", target, "--mode", mode)
+    job_id = daemon.move("vm", target, "--mode", mode, *options)
     daemon.wait("vm")
     writer.wait_acknowledged(200)
     writer.stop()
