@@ -249,7 +249,8 @@ class Channel:
         request.pending = False
         self._pending[message_id] = request
         if request.control is not None:
-            head = wire.patched(request.body, message_id, max(wish, request.control.credits))
+            credits = max(wish, request.control.credits)
+            head = wire.patched(request.body, message_id, credits, self.sequence)
         else:
             head = (
                 wire.pack_header(

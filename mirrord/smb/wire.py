@@ -63,14 +63,11 @@ _FLUSH = Struct("<HHI16s")
 _ECHO = Struct("<HH")
 _IOCTL = Struct("<HHI16sIIIIIIII")
 _LEASE_ACK = Struct("<HHI16sIQ")
-_OPLOCK_ACK = Struct("<HBBI16s")
 _LEASE_BREAK = Struct("<HHI16sII")
-_OPLOCK_BREAK = Struct("<HBBI16s")
+_OPLOCK_BREAK = Struct("<HBBI16s")  # and the answer to it
 _READ_REPLY = Struct("<HBBII")
 _WRITE_REPLY = Struct("<HHI")
 _IOCTL_REPLY = Struct("<HHI16sIIII")
-_MESSAGE_ID = Struct("<Q")
-_CREDITS_AT, _FLAGS_AT, _MESSAGE_ID_AT, _SIGNATURE_AT = 14, 16, 24, 48
 
 
 class Header(NamedTuple):
@@ -161,7 +158,7 @@ def lease_ack_body(lease_key: bytes, state: int) -> bytes:
 
 def oplock_ack_body(file_id: bytes, level: int) -> bytes:
     """Return the answer to an oplock break (2.2.24.1)."""
-    return _OPLOCK_ACK.pack(24, level, 0, 0, file_id)
+    return _OPLOCK_BREAK.pack(24, level, 0, 0, file_id)
 
 
 # Replies. Each takes the message from its header on.
@@ -172,9 +169,7 @@ def read_reply(message: Bytes, length_max: int) -> memoryview:
     _size, data_at, _, length, _ = _unpack(_READ_REPLY, message, 17)
     if length > length_max:
         raise ProtocolError(f"a read of {length_max} bytes brought {length}")
-    if length and data_at < READ_DATA_OFFSET:
-        raise ProtocolError(f"what was read lies at {data_at}, inside the reply itself")
-    return _slice(message, data_at, length)
+    return _slice(message, data_at, length, READ_DATA_OFFSET)
 
 
 def write_reply(message: Bytes) -> int:
@@ -193,7 +188,7 @@ def ioctl_reply(message: Bytes, length_max: int) -> bytes:
     *_, output_at, length = _unpack(_IOCTL_REPLY, message, 49)
     if length > length_max:
         raise ProtocolError(f"an ioctl with {length_max} bytes of room brought {length}")
-    return bytes(_slice(message, output_at, length))
+    return bytes(_slice(message, output_at, length, HEADER_BYTES + 48))
 
 
 class Break(NamedTuple):
@@ -207,16 +202,11 @@ class Break(NamedTuple):
 
 def parse_break(message: Bytes) -> Break:
     """Read a break notification (2.2.23)."""
-    size = _structure_size(message)
-    if size == 44:
+    if message[HEADER_BYTES : HEADER_BYTES + 2] == b"\x2c\0":
         _, _epoch, flags, key, _current, state = _unpack(_LEASE_BREAK, message, 44)
         return Break(True, key, state, bool(flags & 1))
     _, level, _, _, file_id = _unpack(_OPLOCK_BREAK, message, 24)
     return Break(False, file_id, level, True)
-
-
-def _structure_size(message: Bytes) -> int:
-    return int.from_bytes(message[HEADER_BYTES : HEADER_BYTES + 2], "little")
 
 
 def _unpack(layout: Struct, message: Bytes, size: int) -> tuple[Any, ...]:
@@ -230,24 +220,28 @@ def _unpack(layout: Struct, message: Bytes, size: int) -> tuple[Any, ...]:
     return fields
 
 
-def _slice(message: Bytes, start: int, length: int) -> memoryview:
-    if start + length > len(message):
+def _slice(message: Bytes, start: int, length: int, start_min: int) -> memoryview:
+    """Return what follows the fixed part; of nothing, the place means nothing (3.2.5.14)."""
+    if length and not start_min <= start <= len(message) - length:
         raise ProtocolError(f"{length} bytes at {start} are not in a reply of {len(message)}")
     return memoryview(message)[start : start + length]
 
 
-# Changes in place, for messages that smbprotocol made or waits for.
+# Changes of messages that smbprotocol made or waits for.
 
 
-def patched(message: Bytes, message_id: int, credits: int) -> bytes:
-    """Return a message with another message id and other credits, and without its signature:
-    a request is sealed after this, a reply was verified before."""
-    made = bytearray(message)
-    made[_CREDITS_AT : _CREDITS_AT + 2] = credits.to_bytes(2, "little")
-    made[_FLAGS_AT] &= ~SIGNED
-    _MESSAGE_ID.pack_into(made, _MESSAGE_ID_AT, message_id)
-    made[_SIGNATURE_AT:HEADER_BYTES] = bytes(16)
-    return bytes(made)
+def patched(message: Bytes, message_id: int, credits: int, sequence: int | None = None) -> bytes:
+    """Return a message with another message id and other credits, alone and without its signature:
+    a request is sealed after this, a reply was verified before.
+
+    A request is given its channel sequence, where a reply has its status."""
+    (magic, size, charge, status, command, _, flags, _, _, reserved, tree_id,
+     session_id, _) = _HEADER.unpack_from(message)  # fmt: skip
+    head = _HEADER.pack(
+        magic, size, charge, status if sequence is None else sequence, command, credits,
+        flags & ~SIGNED, 0, message_id, reserved, tree_id, session_id, b"",
+    )  # fmt: skip
+    return head + memoryview(message)[HEADER_BYTES:]
 
 
 def frame(*parts: Bytes) -> list[Bytes]:
