@@ -1,0 +1,147 @@
+"""Opening a disk on a share, the first time and again whenever its connection has died.
+
+A handle that nobody shares is the lock. Where the server grants it the handle is durable: it is
+taken over after a loss, which proves that nobody else had the file; else it is opened anew.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+from mirrord.smb.location import ShareLocation
+from mirrord.storage.backend import Capabilities, Identity
+from mirrord.storage.remote import DeniedError, Door, LostError, RemoteFile
+from mirrord.storage.smb import control
+from mirrord.storage.smb.control import Facts, Handle
+from mirrord.storage.smb.file import ShareFile
+from mirrord.storage.smb.plain import PlainFile, PlainSession
+from mirrord.storage.smb.server import ShareServer
+from mirrord.storage.smb.session import ShareSession, Tree
+
+KIND: Final = "smb"
+
+File = ShareFile | PlainFile
+
+
+@dataclass(slots=True)
+class Desk:
+    """A share, ready for work on names."""
+
+    session: ShareSession | PlainSession
+    tree: Tree
+
+    async def ask(self, work: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run one of `control`'s functions."""
+        return await self.session.control(work, self.tree.share, *args, **kwargs)
+
+
+def identity_of(facts: Facts, *, keeps_birth: bool) -> Identity:
+    """Return what a file is known by. A birth that the server makes up is none."""
+    born_ns = facts.born_ns if keeps_birth else 0
+    return Identity(KIND, facts.volume, facts.number, facts.size, born_ns)
+
+
+class ShareDoor(Door):
+    """Opens a disk on a share again."""
+
+    def __init__(self, server: ShareServer, at: ShareLocation, read_only: bool) -> None:
+        self.where = server.name
+        self.paths: list[str] = []  # where it may be, when it was being renamed
+        self._server = server
+        self._share = at.share
+        self._read_only = read_only
+
+    def changed(self) -> bool:
+        return self._server.changed()
+
+    async def reopen(self, former: RemoteFile) -> RemoteFile:
+        session = await self._server.session()
+        tree = await session.tree(self._share)
+        desk = Desk(session, tree)
+        paths = self.paths or [former.path]
+        for path in paths:
+            kept = await self._take_over(desk, former, path)
+            if kept is not None:
+                return kept
+        missing: OSError | None = None
+        for path in paths:
+            try:
+                found = await open_file(self._server, desk, path, read_only=self._read_only)
+            except (LostError, DeniedError):
+                raise
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    # Locked: the server has not noticed yet that the old connection is gone.
+                    raise LostError(f"{self.where}: {error.strerror}") from error
+                missing = error
+                continue
+            if len(paths) == 1 or former.identity.is_still(found.identity):
+                return found
+            await found.close()
+        raise LostError(f"{self.where}: {paths[0]} is not there") from missing
+
+    async def _take_over(self, desk: Desk, former: RemoteFile, path: str) -> File | None:
+        """Have the server give us the handle that it kept, if it did."""
+        handle = cast(File, former).handle
+        if not handle.durable or not isinstance(desk.session, ShareSession):
+            return None
+        access, share = _mode(self._read_only)
+        try:
+            again = await desk.ask(control.reopen_handle, path, access, handle, share=share)
+        except LostError:
+            raise
+        except OSError:
+            handle.durable = False  # forgotten, or somebody else wanted the file
+            return None
+        facts = await desk.ask(control.facts, again)
+        self._server.use()
+        return as_file(
+            self._server, desk, again, facts, path,
+            sparse=former.capabilities.punches_holes, kept=True,
+            keeps_birth=former.identity.born_ns != 0, used=True,
+        )  # fmt: skip
+
+
+def _mode(read_only: bool) -> tuple[int, int]:
+    if read_only:
+        return control.READ, control.SHARED_FOR_READING
+    return control.WRITE, control.NOT_SHARED
+
+
+async def open_file(server: ShareServer, desk: Desk, path: str, *, read_only: bool) -> File:
+    """Open a file that is there, for ourselves alone."""
+    access, share = _mode(read_only)
+    handle = await desk.ask(control.open_handle, path, access, share=share, durable=not read_only)
+    try:
+        facts = await desk.ask(control.facts, handle)
+        sparse = not read_only and await desk.ask(control.make_sparse, handle)
+    except BaseException:
+        await desk.ask(control.close, handle)
+        raise
+    return as_file(server, desk, handle, facts, path, sparse=sparse, keeps_birth=sparse)
+
+
+def as_file(
+    server: ShareServer,
+    desk: Desk,
+    handle: Handle,
+    facts: Facts,
+    path: str,
+    *,
+    sparse: bool,
+    kept: bool = False,
+    keeps_birth: bool | None = None,
+    used: bool = False,
+) -> File:
+    """Return an open handle as a file; the server counts it until it is closed."""
+    able = Capabilities(
+        punches_holes=sparse, fast_zeroes=sparse, starts_zeroed=True, durable_flush=True
+    )
+    identity = identity_of(facts, keeps_birth=sparse if keeps_birth is None else keeps_birth)
+    file = desk.session.file(desk.tree, handle, identity, able, kept=kept)
+    file.path = path
+    if not used:
+        server.use()
+    return file
