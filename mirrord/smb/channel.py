@@ -4,7 +4,7 @@ Until `start` the connection belongs to smbprotocol, which negotiates and authen
 messages pass as they are, since their very bytes are hashed into the keys (3.1.1). From `start` on
 every message is numbered, paid for and sealed here. smbprotocol's own later ones (creates,
 set-infos) come in by `control`: they get a message id of ours, and their replies get theirs back,
-with as many credits as they asked for, so that its count of them is always enough.
+with as many credits as they cost, so that its count of them is always enough.
 
     submit, control ──▸ lanes ──pump──▸ sealed, in `outgoing` ──▸ the socket
     received ──▸ whole messages ──opened──▸ replies, matched by message id ──▸ returned
@@ -49,8 +49,12 @@ OVERTAKES_MAX: Final = 64
 # Credits to ask for: 32 MiB of payload, or a deep queue of a guest's small requests.
 CREDITS_WANTED: Final = 512
 CREDITS_ASKED_MAX: Final = 128  # at a time: some servers grant nothing when asked for too much
-# Before authentication a server has nothing long to say (a SPNEGO token has some kilobytes).
+# Before authentication a server has nothing long to say (a SPNEGO token has some kilobytes), and
+# nothing but an answer to each question, and that it takes long.
 GREETING_BYTES_MAX: Final = 64 * KIB
+ANSWERS_MAX: Final = 2
+# Leases that are taken back and not yet given back: far more than one process has disks.
+BREAKS_MAX: Final = 1024
 # Around a payload: headers, an ioctl's output, a create's contexts.
 OVERHEAD_BYTES_MAX: Final = 128 * KIB
 # Bytes of an inbox's message that is waited for as a whole; a longer one gets memory of its own.
@@ -123,11 +127,14 @@ class Channel:
         self.breaks: list[wire.Break] = []
         self.refused: list[Request] = []  # too large for what the server grants
         self.sequence = 0  # channel sequence, the same on all channels of a session
-        self.heard_s = 0.0  # when something came last, by the owner's clock
+        # When something came last, or was asked with nothing in flight, by the owner's clock:
+        # silence begins there.
+        self.heard_s = 0.0
         self.seal: Seal | None = None
         self._allocate = allocate
         self._session_id = 0
-        self._piece_bytes = 0
+        self._message_bytes_max = GREETING_BYTES_MAX
+        self._greetings_due = 0
         self._multi_credit = False
         self._low = 0  # the next message id
         self._high = 1  # the first one that is not granted: before any reply there is one credit
@@ -136,8 +143,11 @@ class Channel:
         self._bulk_bytes = 0  # in flight
         self._small_lately = 0
         self._overtaken = 0
-        self._asking = False  # an ECHO that asks for credits is in flight
-        self._fill: tuple[Request | None, int, bytes, Bytes] | None = None
+        self._asking = False  # an ECHO has asked for credits, and nothing else was answered since
+        self._acks = 0  # of breaks, unanswered
+        # A long message that is being received: a read's request and head, and the rest's memory.
+        self._fill: tuple[Request | None, bytes, Bytes] | None = None
+        self._untold: list[Request] = []  # answered in what turned out to be no SMB
 
     # The beginning: smbprotocol's.
 
@@ -145,16 +155,17 @@ class Channel:
         """Send a message of smbprotocol's as it is, before `start`."""
         header = wire.parse_header(message)
         self._low = max(self._low, header.message_id + max(header.charge, 1))
+        self._greetings_due += ANSWERS_MAX
         self.outgoing += wire.frame(message)
 
     def start(self, seal: Seal, session_id: int, *, piece_bytes: int, multi_credit: bool) -> None:
         """Take the connection over, with the keys that were agreed on.
 
-        `piece_bytes` is the most that one read or write moves.
+        `piece_bytes` is the most that one reply brings.
         """
         self.seal = seal
         self._session_id = session_id
-        self._piece_bytes = piece_bytes
+        self._message_bytes_max = min(piece_bytes + OVERHEAD_BYTES_MAX, wire.MESSAGE_BYTES_MAX)
         self._multi_credit = multi_credit
         self._high = max(self._high, self._low)
 
@@ -214,8 +225,9 @@ class Channel:
             self._send(lane.popleft(), now_s)
 
     def _bulk_may_go(self) -> bool:
-        limit = BULK_BYTES_BESIDE_SMALL if self._small_lately else BULK_BYTES_MAX
-        return not self._bulk_bytes or self._bulk_bytes < limit
+        return self._bulk_bytes < (
+            BULK_BYTES_BESIDE_SMALL if self._small_lately else BULK_BYTES_MAX
+        )
 
     def _charge(self, request: Request) -> int:
         return wire.charge_of(request.payload_bytes) if self._multi_credit else 1
@@ -245,6 +257,8 @@ class Channel:
         self._low += charge
         missing = CREDITS_WANTED - (self._high - self._low)
         wish = wish or charge + max(0, min(CREDITS_ASKED_MAX, missing))
+        if not self._pending:
+            self.heard_s = now_s
         request.sent_s = now_s
         request.pending = False
         self._pending[message_id] = request
@@ -281,6 +295,7 @@ class Channel:
             body = wire.lease_ack_body(broken.key, broken.state)
         else:
             body = wire.oplock_ack_body(broken.key, broken.state)
+        self._acks += 1
         self.submit(Request(wire.OPLOCK_BREAK, body, tree_id=tree_id))
 
     def oldest_s(self, *, pending: bool) -> float | None:
@@ -291,11 +306,13 @@ class Channel:
 
     def lost(self) -> list[Request]:
         """Return everything unanswered, oldest first, when the connection is gone."""
-        left = [*self._pending.values()]
+        left = [*self._untold, *self._pending.values()]
         for lane in self._lanes:
             left += lane
             lane.clear()
+        self._untold.clear()
         self._pending.clear()
+        self._fill = None
         self.inbox.let_go()
         return left
 
@@ -304,16 +321,20 @@ class Channel:
     def received(self, count: int, now_s: float) -> list[Reply]:
         """Note that `count` bytes came into the inbox's buffer; return what they answer.
 
-        Raises ProtocolError: the connection can't be used any more.
+        Raises ProtocolError: the connection can't be used any more, and all is `lost`.
         """
         self.heard_s = now_s
         self.inbox.received(count)
         replies: list[Reply] = []
-        while not self.inbox.waiting:
-            if self._fill is not None:
-                self._filled(replies)
-            elif not self._take(replies):
-                break
+        try:
+            while not self.inbox.waiting:
+                if self._fill is not None:
+                    self._filled(replies)
+                elif not self._take(replies):
+                    break
+        except ProtocolError:
+            self._untold = [reply.request for reply in replies]
+            raise
         return replies
 
     def _take(self, replies: list[Reply]) -> bool:
@@ -324,8 +345,7 @@ class Channel:
             return False
         at = inbox.start + wire.LENGTH_BYTES
         length = int.from_bytes(inbox.data[inbox.start : at], "big")
-        limit = self._piece_bytes + OVERHEAD_BYTES_MAX if self.seal else GREETING_BYTES_MAX
-        if not wire.HEADER_BYTES <= length <= limit:
+        if not wire.HEADER_BYTES <= length <= self._message_bytes_max:
             raise ProtocolError(f"a message of {length} bytes")
         if have - wire.LENGTH_BYTES >= length:
             inbox.start = at + length
@@ -341,16 +361,17 @@ class Channel:
         """Have a long message received into its own memory: past its head, if it is a read's."""
         inbox = self.inbox
         head = bytes(memoryview(inbox.data)[inbox.start : inbox.start + _READ_HEAD])
-        request = self._reads_plainly(head, length)
+        request = self._reads_plainly(head, length - _READ_HEAD)
         if request is None:
             head = b""
         inbox.start += len(head)
         memory, view = self._allocate(length - len(head))
-        self._fill = (request, length, head, memory)
+        self._fill = (request, head, memory)
         inbox.fill(view)
 
     def _reads_plainly(self, head: bytes, length: int) -> Request | None:
-        """Return the request, if this begins the plain answer to a read and nothing else."""
+        """Return the request, if this is the head of a plain answer to a read and nothing else,
+        with so many bytes of data."""
         if head[:4] != wire.SMB2_MAGIC or self.seal is None or not self.seal.splits:
             return None
         header = wire.parse_header(head)
@@ -361,28 +382,28 @@ class Channel:
             and request.control is None
             and header.status == st.SUCCESS
             and header.next_command == 0
-            and head[66] == _READ_HEAD
-            and int.from_bytes(head[68:72], "little") == length - _READ_HEAD
+            and head[64:67] == bytes((17, 0, _READ_HEAD))
+            and int.from_bytes(head[68:72], "little") == length <= request.payload_bytes
         )
         return request if plain else None
 
     def _filled(self, replies: list[Reply]) -> None:
         assert self._fill is not None
         assert self.seal is not None
-        (request, _length, head, memory), self._fill = self._fill, None
+        (request, head, memory), self._fill = self._fill, None
         if request is None:
             self._message(memory, replies)
             return
-        if len(memory) > request.payload_bytes:
-            raise ProtocolError(f"a read of {request.payload_bytes} bytes brought {len(memory)}")
         self.seal.open_read(head, memory)
         self._answered(wire.parse_header(head), head, memory, replies)
 
     def _message(self, message: Bytes, replies: list[Reply]) -> None:
         seal = self.seal
         if seal is None:
-            header = wire.parse_header(message)
-            self._high += header.credits
+            if not self._greetings_due:
+                raise ProtocolError("a server that speaks without being asked")
+            self._greetings_due -= 1
+            self._high += wire.parse_header(message).credits
             self.greeting.append(bytes(message))
             return
         if message[:4] == wire.TRANSFORM_MAGIC:
@@ -400,6 +421,8 @@ class Channel:
             raise ProtocolError("a server that sends requests")
         if header.message_id == wire.UNSOLICITED:
             if header.command == wire.OPLOCK_BREAK:
+                if self._acks + len(self.breaks) >= BREAKS_MAX:
+                    raise ProtocolError(f"{BREAKS_MAX} leases taken back at once")
                 self.breaks.append(wire.parse_break(message))
             return
         request = self._pending.get(header.message_id)
@@ -410,14 +433,16 @@ class Channel:
             request.pending = True
             return
         del self._pending[header.message_id]
-        if request.control is None and request.payload_bytes > SMALL_BYTES_MAX:
-            self._bulk_bytes -= request.payload_bytes
-            self._small_lately = max(0, self._small_lately - 1)
         if request.control is not None:
             credits = max(request.control.charge, 1)
             message = wire.patched(message, request.control.message_id, credits)
-        if request.command == wire.ECHO and request.control is None:
-            wire.empty_reply(message)
+        elif request.payload_bytes > SMALL_BYTES_MAX:
+            self._bulk_bytes -= request.payload_bytes
+            self._small_lately = max(0, self._small_lately - 1)
+        elif request.command == wire.ECHO:
+            return  # whatever it says: the server is there
+        elif request.command == wire.OPLOCK_BREAK:
+            self._acks -= 1
             return
         self._asking = False
         replies.append(Reply(request, header.status, message, payload))
