@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from ipaddress import AddressValueError, IPv6Address
 from typing import Final
 from urllib.parse import quote, unquote
 
@@ -18,8 +19,9 @@ NAME_BYTES_MAX: Final = 255  # Samba counts bytes, Windows characters, of which 
 PATH_MAX: Final = 1024  # characters: below every server's limit
 
 _LOCATION = re.compile(
-    r"smb://(?:(?P<user>[^@/]*)@)?(?P<host>\[[0-9a-f:.%]+\]|[^:/@\[\]]+)(?::(?P<port>[^/]*))?/+"
-    r"(?P<share>[^/]+)(?P<path>/.*)?",
+    r"smb://(?:(?P<user>[^@/:\ud800-\udfff]*)@)?"
+    r"(?:\[(?P<ipv6>[0-9a-f:.]+)\]|(?P<host>[^:/@\[\]\x00-\x20\x7f\ud800-\udfff]+))"
+    r"(?::(?P<port>[0-9]{1,5}))?/+(?P<share>[^/]+)(?P<path>/.*)?",
     re.IGNORECASE | re.DOTALL,
 )
 _FORM: Final = "smb://[user@]server[:port]/share/path/disk.raw"
@@ -79,30 +81,33 @@ class ShareLocation:
 
 def parse_location(location: str) -> ShareLocation:
     """Read a location. Raises UsageError (malformed), RefusedError (`bad-name`)."""
-    if re.match(r"smb://[^/@]*:[^/]*@", location, re.IGNORECASE):
+    found = _LOCATION.fullmatch(location)
+    user = unquote(found["user"] or "") if found else ""
+    # Of what isn't well formed, all that may be user:password@, whatever is in either.
+    if ":" in user or (found is None and location.rpartition("@")[0].count(":") > 1):
         # Not repeated: the password would be in a log and on the screen once more.
         raise UsageError(
             "a password has no place in a location, where others can read it: "
             f"write {_FORM}, and put the password where `credential` of the share says"
         )
-    found = _LOCATION.fullmatch(location)
     if found is None:
         raise UsageError(f"{location!r} is not of the form {_FORM}")
-    host, share = found["host"].strip("[]").lower(), found["share"]
+    port = int(found["port"] or PORT)
+    if not 0 < port < 1 << 16:
+        raise UsageError(f"{location!r}: there is no port {port}")
+    host = _ipv6(found["ipv6"]) if found["ipv6"] else found["host"].lower()
     path = "/".join(part for part in (found["path"] or "").split("/") if part)
-    check_names(share)
+    check_names(found["share"])
     check_names(path)
-    is_folder = not path or (found["path"] or "").endswith("/")
-    user = unquote(found["user"] or "").replace(";", "\\")
-    return ShareLocation(host, _port(found["port"], location), share, path, user, is_folder)
+    is_folder = not path or found["path"].endswith("/")
+    return ShareLocation(host, port, found["share"], path, user.replace(";", "\\"), is_folder)
 
 
-def _port(text: str | None, location: str) -> int:
-    if text is None:
-        return PORT
-    if not text.isascii() or not text.isdecimal() or not 0 < int(text) < 1 << 16:
-        raise UsageError(f"{location!r}: {text!r} is no port number")
-    return int(text)
+def _ipv6(text: str) -> str:
+    try:
+        return str(IPv6Address(text))
+    except AddressValueError as error:
+        raise UsageError(f"{text!r} is no IPv6 address") from error
 
 
 def check_names(path: str) -> None:
@@ -121,7 +126,9 @@ def _what_is_wrong(name: str) -> str:
         return "`:` would name a stream of the file; leave it out"
     if forbidden:
         return f"{forbidden!r} is not allowed there; leave it out"
-    if name in (".", ".."):
+    if any(0xD800 <= ord(c) < 0xE000 for c in name):
+        return "it is not UTF-8, which servers want names to be"
+    if name in ("", ".", ".."):
         return "write the path without it"
     if name[-1] in ". ":
         return "servers drop a dot or a space at its end; leave it out"
@@ -129,6 +136,6 @@ def _what_is_wrong(name: str) -> str:
         return "Windows keeps that name for a device; choose another"
     if len(name.encode()) > NAME_BYTES_MAX:
         return f"it is longer than {NAME_BYTES_MAX} bytes; shorten it"
-    if name.startswith(".mirrord"):
+    if name.lower().startswith(".mirrord"):
         return "names that start with .mirrord are mirrord's own"
     return ""
