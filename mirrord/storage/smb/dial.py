@@ -23,10 +23,12 @@ import spnego
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.kbkdf import KBKDFHMAC, CounterLocation, Mode
 from smbprotocol.connection import Capabilities, Connection, Dialects
-from smbprotocol.exceptions import MoreProcessingRequired
+from smbprotocol.exceptions import MoreProcessingRequired, SMBConnectionClosed
 from smbprotocol.session import Session, SMB2SessionSetupRequest, SMB2SessionSetupResponse
 
-from mirrord.smb.seal import Encrypted, Encryption, Seal, Signed, Signing
+from mirrord.smb import wire
+from mirrord.smb.seal import Encrypted, Encryption, Seal, Signed, Signing, Unsealed
+from mirrord.smb.wire import Bytes
 from mirrord.storage.remote import DeniedError
 from mirrord.storage.smb.line import Line, LineTransport
 from mirrord.storage.smb.trouble import Step, told
@@ -130,12 +132,19 @@ def connect(
     try:
         connection.connect(timeout=timeout_s)
         require(connection, security, server)
-    except BaseException as error:
+    except Exception as error:
+        why = _line_error(connection, error)
         hang_up(connection)
-        if not isinstance(error, Exception):
-            raise
-        raise told(error, Step(server, "connecting")) from error
+        raise told(why, Step(server, "connecting")) from error
     return connection
+
+
+def _line_error(connection: Connection, error: Exception) -> Exception:
+    """Return why the line was lost, where smbprotocol knows only that it was."""
+    line: Line | None = getattr(connection.transport, "line", None)
+    if isinstance(error, SMBConnectionClosed) and line is not None and line.why is not None:
+        return OSError(line.why.errno, line.why.strerror)
+    return error
 
 
 def require(connection: Connection, security: Security, server: str) -> None:
@@ -181,7 +190,8 @@ def authenticate(
     try:
         session.connect()
     except Exception as error:
-        raise told(error, Step(server, "logging on")) from _without_frames(error)
+        why = told(_line_error(connection, error), Step(server, "logging on"))
+        raise why from _without_frames(error)
     finally:
         session.password = None
     if session.signing_key is None:
@@ -216,7 +226,28 @@ def seal_of(connection: Connection, session: Session, *, encrypt: bool, seat: Se
             session.session_id,
             seat.number,
         )
-    return Signed(_signing(connection), seat.signing_key)
+    signed = Signed(_signing(connection), seat.signing_key)
+    return signed if connection.require_signing else BarelySigned(signed)
+
+
+class BarelySigned(Unsealed):
+    """Signs all but reads and writes: where an administrator allowed that for a share.
+
+    Servers want the rest signed ([MS-SMB2] 3.3.5.7), and it costs nothing.
+    """
+
+    def __init__(self, signed: Signed) -> None:
+        self._signed = signed
+
+    def close(self, head: bytes, data: Bytes = b"") -> list[Bytes]:
+        bulk = wire.parse_header(head).command in (wire.READ, wire.WRITE)
+        return super().close(head, data) if bulk else self._signed.close(head, data)
+
+    def open(self, message: Bytes) -> Bytes:
+        message = super().open(message)
+        header = wire.parse_header(message)
+        bulk = header.command in (wire.READ, wire.WRITE)
+        return message if bulk else self._signed.open(message)
 
 
 def _signing(connection: Connection) -> Signing:
@@ -234,7 +265,8 @@ def bind(session: Session, connection: Connection, login: Login, server: str) ->
     try:
         return _bind(session, connection, login)
     except Exception as error:
-        raise told(error, Step(server, "logging on")) from _without_frames(error)
+        why = told(_line_error(connection, error), Step(server, "logging on"))
+        raise why from _without_frames(error)
 
 
 class _Binding:

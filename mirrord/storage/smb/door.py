@@ -19,6 +19,7 @@ from mirrord.storage.smb.file import ShareFile
 from mirrord.storage.smb.plain import PlainFile, PlainSession
 from mirrord.storage.smb.server import ShareServer
 from mirrord.storage.smb.session import ShareSession, Tree
+from mirrord.storage.smb.work import to_the_end
 
 KIND: Final = "smb"
 
@@ -57,7 +58,18 @@ class ShareDoor(Door):
         return self._server.changed()
 
     async def reopen(self, former: RemoteFile) -> RemoteFile:
+        self._server.use()
+        try:
+            file = await to_the_end(self._reopen(former), RemoteFile.close)
+            await former.close()
+            return file
+        finally:
+            self._server.release()
+
+    async def _reopen(self, former: RemoteFile) -> RemoteFile:
         session = await self._server.session()
+        if cast(File, former).session is session:  # only our handle is of no use any more
+            await former.close()
         tree = await session.tree(self._share)
         desk = Desk(session, tree)
         paths = self.paths or [former.path]
@@ -96,11 +108,10 @@ class ShareDoor(Door):
             handle.durable = False  # forgotten, or somebody else wanted the file
             return None
         facts = await desk.ask(control.facts, again)
-        self._server.use()
         return as_file(
             self._server, desk, again, facts, path,
             sparse=former.capabilities.punches_holes, kept=True,
-            keeps_birth=former.identity.born_ns != 0, used=True,
+            keeps_birth=former.identity.born_ns != 0,
         )  # fmt: skip
 
 
@@ -133,7 +144,6 @@ def as_file(
     sparse: bool,
     kept: bool = False,
     keeps_birth: bool | None = None,
-    used: bool = False,
 ) -> File:
     """Return an open handle as a file; the server counts it until it is closed."""
     able = Capabilities(
@@ -142,6 +152,5 @@ def as_file(
     identity = identity_of(facts, keeps_birth=sparse if keeps_birth is None else keeps_birth)
     file = desk.session.file(desk.tree, handle, identity, able, kept=kept)
     file.path = path
-    if not used:
-        server.use()
+    server.use()
     return file

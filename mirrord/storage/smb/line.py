@@ -15,6 +15,7 @@ meet the loop only in `call_soon_threadsafe` and a queue. Everything else here i
 from __future__ import annotations
 
 import asyncio
+import errno
 import queue
 import socket
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from mirrord.storage.memory_pool import new_aligned, writable
 from mirrord.storage.remote import LostError
 
 JOIN_BYTES: Final = 64 * KIB  # up to this one copy beats many vectors
+GREETINGS_MAX: Final = 16  # messages that smbprotocol has not taken yet: it asks one at a time
 UNSENT_HIGH: Final = 256 * KIB  # no more is sealed while so much is unsent: small ones go first
 
 
@@ -44,6 +46,7 @@ class LineSettings:
     pending_s: float = 300.0
     idle_s: float = 60.0  # an ECHO so often: Windows ends idle sessions after 15 minutes
     check_s: float = 0.5
+    restore_s: float = 1.0  # until a lost line of several is replaced, the first time
 
 
 def _memory(length: int) -> tuple[Buffer, memoryview]:
@@ -71,6 +74,7 @@ class Line(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._planned = False
+        self._greeted_s: float | None = None  # when smbprotocol asked what is not answered yet
         self._congested = False
         self._echoed = False
         self._timer: asyncio.TimerHandle | None = None
@@ -96,7 +100,11 @@ class Line(asyncio.BufferedProtocol):
             return
         for message in channel.greeting:
             self.greetings.put(message)
+            self._greeted_s = None
         channel.greeting.clear()
+        if self.greetings.qsize() > GREETINGS_MAX:
+            self.lose("the server says more than it was asked")
+            return
         for reply in replies:
             self._answer(reply)
         if channel.breaks:
@@ -125,6 +133,7 @@ class Line(asyncio.BufferedProtocol):
     def start(self, seal: Seal, session_id: int, *, piece_bytes: int, multi_credit: bool) -> None:
         """Take the connection over from smbprotocol (`Channel.start`)."""
         self.channel.start(seal, session_id, piece_bytes=piece_bytes, multi_credit=multi_credit)
+        self._greeted_s = None
 
     def ask(self, request: Request) -> asyncio.Future[Reply]:
         """Send a request; the future gets its reply, whatever its status.
@@ -152,6 +161,7 @@ class Line(asyncio.BufferedProtocol):
             return
         if self.channel.seal is None:
             self.channel.greet(message)
+            self._greeted_s = self._loop.time()
         else:
             self.channel.control(message)
         self._soon()
@@ -212,7 +222,7 @@ class Line(asyncio.BufferedProtocol):
         """Look at the deadlines."""
         channel, settings = self.channel, self._settings
         now_s = self._loop.time()
-        quiet_s = now_s - channel.heard_s
+        since_s = self._asked_s()
         if channel.seal is not None:
             limits = ((settings.request_s, False), (settings.pending_s, True))
             for limit_s, pending in limits:
@@ -220,15 +230,22 @@ class Line(asyncio.BufferedProtocol):
                 if oldest_s is not None and now_s - oldest_s > limit_s:
                     self.lose(f"the server has not answered a request for {limit_s:g} s")
                     return
-        if channel.in_flight and quiet_s > settings.silence_s:
+        if since_s is not None and now_s - since_s > settings.silence_s:
             self.lose(f"the server has said nothing for {settings.silence_s:g} s")
             return
-        self._echo(quiet_s)
+        self._echo(now_s - (channel.heard_s if since_s is None else since_s), since_s is not None)
         self._timer = self._loop.call_later(settings.check_s, self._check)
 
-    def _echo(self, quiet_s: float) -> None:
+    def _asked_s(self) -> float | None:
+        """Return since when an answer is missing and nothing was heard; None: nothing is asked."""
+        channel = self.channel
+        sent = (channel.oldest_s(pending=False), channel.oldest_s(pending=True), self._greeted_s)
+        asked = [sent_s for sent_s in sent if sent_s is not None]
+        return max(channel.heard_s, min(asked)) if asked else None
+
+    def _echo(self, quiet_s: float, asked: bool) -> None:
         settings = self._settings
-        limit_s = settings.silence_s / 2 if self.channel.in_flight else settings.idle_s
+        limit_s = settings.silence_s / 2 if asked else settings.idle_s
         if quiet_s <= limit_s:
             self._echoed = False
         elif not self._echoed:
@@ -298,13 +315,14 @@ class LineTransport:
         try:
             waited.result()
         except TimeoutError as error:
-            raise LostError(f"no connection within {self._timeout_s:g} s") from error
+            why = f"no connection within {self._timeout_s:g} s"
+            raise TimeoutError(errno.ETIMEDOUT, why) from error
         self.line = line
 
     def send(self, message: bytes) -> None:
         """Send one message, without waiting."""
         assert self.line is not None
-        self._loop.call_soon_threadsafe(self.line.greet, bytes(message))
+        self._in_loop(self.line.greet, bytes(message))
 
     def recv(self, timeout: float) -> bytes:
         """Return the next message, or nothing at the end. Deadlines are the line's."""
@@ -313,5 +331,11 @@ class LineTransport:
 
     def close(self) -> None:
         """End the line."""
-        if self.line is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.line.lose, "closed")
+        if self.line is not None:
+            self._in_loop(self.line.lose, "closed")
+
+    def _in_loop(self, work: Callable[[Any], None], argument: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(work, argument)
+        except RuntimeError:  # the loop is closed, and so is everything on it
+            pass

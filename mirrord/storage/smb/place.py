@@ -6,16 +6,17 @@ attributes alone, which no lock is in the way of, tells what a name leads to. A 
 its number on its volume, its size and its birth. After each change of a name the folder is
 flushed, where the server does that; where not, `find` accepts either name after a crash.
 
-While the server is away a step tries for `server.PATIENCE_S`, then it is an `OSError`.
+While the server is away a step tries for `server.PATIENCE_S`, then it is an `OSError`. A cancelled
+caller abandons a step's answer; the next one waits all the same until it has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Final, cast
+from typing import Any, Final, TypeVar, cast
 
 from mirrord.core.geometry import KIB, TIB
 from mirrord.core.units import format_bytes
@@ -28,12 +29,15 @@ from mirrord.storage.smb import control
 from mirrord.storage.smb.control import Facts, Handle
 from mirrord.storage.smb.door import Desk, File, ShareDoor, as_file, identity_of, open_file
 from mirrord.storage.smb.server import ShareServer
+from mirrord.storage.smb.work import to_the_end
 from mirrord.storage.steady import SteadyBackend, SteadySettings
 
 # A handle that a killed process held is given back when its connection is gone: a moment later.
 LOCK_RETRY_S: Final = 0.2
 # Samba sets an end beyond this, but refuses to write there.
 SIZE_IN_DOUBT: Final = 16 * TIB - 64 * KIB
+
+T = TypeVar("T")
 
 
 class SharePlace(Place):
@@ -46,10 +50,66 @@ class SharePlace(Place):
         self.patience_s = 0.0  # how long a lock that another holds may still go away
         self._target: SteadyBackend | None = None  # what this job made or found
         self._settled = False
+        self._steps = asyncio.Lock()
 
     @property
     def location(self) -> str:  # type: ignore[override]
         return str(self._at)
+
+    # The interface. Each method does one step, when the former has ended.
+
+    async def open(self, *, read_only: bool = False, cache: Cache = Cache.WRITEBACK) -> Backend:
+        return await self._step(self._open(read_only), _give_back)
+
+    async def check_target(self, source: Backend, *, needed: int, force: bool = False) -> None:
+        await self._step(self._check_target(source, needed, force))
+
+    async def create(self, job_id: str, source: Backend, *, cache: Cache) -> Backend:
+        return await self._step(self._create(job_id, source), _give_back)
+
+    async def find(
+        self, job_id: str, identity: Identity, *, cache: Cache, same_boot: bool = False
+    ) -> Backend | None:
+        return await self._step(self._find(job_id, identity), _give_back)
+
+    async def publish(self, job_id: str) -> None:
+        await self._step(self._publish(job_id))
+
+    async def withdraw(self, job_id: str) -> None:
+        await self._step(self._withdraw(job_id))
+
+    async def discard(self, job_id: str, identity: Identity | None = None) -> None:
+        await self._step(self._discard(job_id, identity))
+
+    async def confirm(self, job_id: str, identity: Identity) -> str | None:
+        return await self._step(self._confirm(identity))
+
+    async def retire(self, job_id: str, identity: Identity, *, wipe: bool = False) -> str | None:
+        return await self._step(self._retire(job_id, identity))
+
+    async def delete_retired(self, job_id: str, identity: Identity) -> None:
+        await self._step(self._delete_retired(job_id, identity))
+
+    async def _step(
+        self,
+        step: Coroutine[Any, Any, T],
+        release: Callable[[T], Awaitable[None]] | None = None,
+    ) -> T:
+        """Do a step to its end, also when the caller is cancelled; none that never began."""
+        try:
+            await self._steps.acquire()
+        except BaseException:
+            step.close()
+            raise
+        return await to_the_end(self._in_turn(step), release)
+
+    async def _in_turn(self, step: Coroutine[Any, Any, T]) -> T:
+        try:
+            return await step
+        finally:
+            self._steps.release()
+
+    # The share.
 
     @asynccontextmanager
     async def _desk(self) -> AsyncIterator[Desk]:
@@ -74,7 +134,7 @@ class SharePlace(Place):
 
     # Opening.
 
-    async def open(self, *, read_only: bool = False, cache: Cache = Cache.WRITEBACK) -> Backend:
+    async def _open(self, read_only: bool) -> Backend:
         async with self._refusing() as desk:
             if self._at.is_folder:
                 raise RefusedError("is-directory", f"{self.location} is a folder: name a file")
@@ -127,7 +187,7 @@ class SharePlace(Place):
 
     # The target, before there is one.
 
-    async def check_target(self, source: Backend, *, needed: int, force: bool = False) -> None:
+    async def _check_target(self, source: Backend, needed: int, force: bool) -> None:
         async with self._refusing() as desk:
             try:
                 await self._settle(desk, source)
@@ -213,7 +273,7 @@ class SharePlace(Place):
         )
         return RefusedError(code, f"{self.location} can't be created: {reason}")
 
-    async def create(self, job_id: str, source: Backend, *, cache: Cache) -> Backend:
+    async def _create(self, job_id: str, source: Backend) -> Backend:
         async with self._refusing() as desk:
             try:
                 await self._settle(desk, source)
@@ -254,9 +314,7 @@ class SharePlace(Place):
 
     # The target, while its job lasts.
 
-    async def find(
-        self, job_id: str, identity: Identity, *, cache: Cache, same_boot: bool = False
-    ) -> Backend | None:
+    async def _find(self, job_id: str, identity: Identity) -> Backend | None:
         async with self._refusing() as desk:
             for path in (self._part(job_id), self._at.path):
                 if not await self._leads_to(desk, path, identity):
@@ -268,10 +326,10 @@ class SharePlace(Place):
                 await file.close()
         return None
 
-    async def publish(self, job_id: str) -> None:
+    async def _publish(self, job_id: str) -> None:
         await self._rename_target(self._part(job_id), self._at.path)
 
-    async def withdraw(self, job_id: str) -> None:
+    async def _withdraw(self, job_id: str) -> None:
         if self._target is not None:
             await self._rename_target(self._at.path, self._part(job_id))
 
@@ -296,7 +354,7 @@ class SharePlace(Place):
             door.paths = [new]
             await self._flush_folder(desk)
 
-    async def discard(self, job_id: str, identity: Identity | None = None) -> None:
+    async def _discard(self, job_id: str, identity: Identity | None) -> None:
         if self._target is not None:
             identity = self._target.identity
             await self._target.close()  # its lock would be in the way
@@ -307,7 +365,7 @@ class SharePlace(Place):
                 await self._remove(desk, self._at.path, identity)
             await self._flush_folder(desk)
 
-    async def confirm(self, job_id: str, identity: Identity) -> str | None:
+    async def _confirm(self, identity: Identity) -> str | None:
         try:
             async with self._desk() as desk:
                 found = await self._look(desk, self._at.path)
@@ -321,7 +379,7 @@ class SharePlace(Place):
 
     # The source, after the commit point.
 
-    async def retire(self, job_id: str, identity: Identity, *, wipe: bool = False) -> str | None:
+    async def _retire(self, job_id: str, identity: Identity) -> str | None:
         async with self._desk() as desk:
             retired = self._at.beside(retired_name(self._at.name, job_id)).path
             if await self._leads_to(desk, retired, identity):
@@ -338,11 +396,11 @@ class SharePlace(Place):
                     return f"another client has {self.location} open"
                 return f"{self.location} can't be retired ({error.strerror})"
             try:
-                return await self._retire(desk, handle, retired, identity)
+                return await self._retire_open(desk, handle, retired, identity)
             finally:
                 await desk.ask(control.close, handle)
 
-    async def _retire(
+    async def _retire_open(
         self, desk: Desk, handle: Handle, retired: str, identity: Identity
     ) -> str | None:
         found = await desk.ask(control.facts, handle)
@@ -354,7 +412,7 @@ class SharePlace(Place):
         await self._flush_folder(desk)
         return None
 
-    async def delete_retired(self, job_id: str, identity: Identity) -> None:
+    async def _delete_retired(self, job_id: str, identity: Identity) -> None:
         async with self._desk() as desk:
             retired = self._at.beside(retired_name(self._at.name, job_id)).path
             await self._remove(desk, retired, identity)
@@ -421,3 +479,9 @@ class SharePlace(Place):
             return  # Windows flushes no folder; its journal has the change
         finally:
             await desk.ask(control.close, handle)
+
+
+async def _give_back(opened: Backend | None) -> None:
+    """Close a disk that nobody took."""
+    if opened is not None:
+        await opened.close()

@@ -8,9 +8,11 @@ connection, no durable handles, descriptors below 1,024 (smbprotocol waits with 
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from collections.abc import Callable
 from errno import EIO, ESTALE
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from smbprotocol.connection import Connection, Dialects
@@ -27,8 +29,9 @@ from mirrord.storage.smb import control, dial
 from mirrord.storage.smb.control import Handle
 from mirrord.storage.smb.dial import DIALECTS, Login
 from mirrord.storage.smb.file import RANGES_BYTES_MAX, map_of
-from mirrord.storage.smb.session import ShareSettings, Tree, in_thread
+from mirrord.storage.smb.session import ShareSettings, Tree, words_for
 from mirrord.storage.smb.trouble import Step, told
+from mirrord.storage.smb.work import in_thread, to_the_end
 
 T = TypeVar("T")
 
@@ -71,13 +74,17 @@ class PlainSession:
 
     async def control(self, work: Callable[..., T], *args: Any, doing: str = "", **kw: Any) -> T:
         """Run work in a thread, after what was begun before. Raises as `ShareSession.control`."""
+        bound = partial(work, *args, **kw)
+        return await to_the_end(self._controlled(bound, doing or words_for(work)))
+
+    async def _controlled(self, work: Callable[[], T], doing: str) -> T:
         async with self._one:
             if self.lost is not None:
                 raise self.lost
             limit_s = self.settings.line.request_s
             try:
                 async with asyncio.timeout(limit_s):
-                    return await in_thread(work, *args, **kw)
+                    return await in_thread(work)
             except TimeoutError as error:
                 self._lose(f"{self.server} has not answered for {limit_s:g} s")
                 assert self.lost is not None
@@ -85,9 +92,8 @@ class PlainSession:
             except DeniedError:
                 raise
             except Exception as error:
-                doing = doing or getattr(work, "__name__", "a request")
                 found = told(error, Step(self.server, doing))
-                if not isinstance(error, SMBResponseException):
+                if isinstance(found, LostError) or not isinstance(error, SMBResponseException):
                     self._lose(found.strerror or "the connection broke")
                     assert self.lost is not None
                     raise self.lost from error
@@ -122,7 +128,7 @@ class PlainSession:
     def _lose(self, why: str) -> None:
         if self.lost is None:
             self.lost = LostError(why)
-            self._connection.disconnect(close=False)
+            hang_up(self._connection)
             ears, self._ears = self._ears, []
             for tell in ears:
                 tell(self.lost)
@@ -139,30 +145,43 @@ async def open_plain_session(
 ) -> PlainSession:  # fmt: skip
     """As `open_session`."""
     session = PlainSession(server, settings)
-    await in_thread(_connect, session, host, port, guid, login)
+    session._connection = Connection(guid, host, port, require_signing=settings.security.sign)
+    limit_s = settings.line.connect_s + settings.line.silence_s
+    try:
+        async with asyncio.timeout(limit_s):
+            await in_thread(_connect, session, login)
+    except TimeoutError as error:
+        raise LostError(f"{server} has not let us in within {limit_s:g} s") from error
+    finally:
+        if not session.session_id:
+            hang_up(session._connection)
     return session
 
 
-def _connect(
-    session: PlainSession, host: str, port: int, guid: uuid.UUID, login: Callable[[], Login]
-) -> None:
-    security = session.settings.security
-    connection = Connection(guid, host, port, require_signing=security.sign)
+def _connect(session: PlainSession, login: Callable[[], Login]) -> None:
+    security, connection = session.settings.security, session._connection
     try:
         connection.connect(timeout=int(session.settings.line.connect_s))
         dial.require(connection, security, session.server)
     except ValueError as error:  # how its transport tells that it can't connect
         raise LostError(f"{session.server} can't be reached") from error
     except Exception as error:
-        dial.hang_up(connection)
         raise told(error, Step(session.server, "connecting")) from error
-    try:
-        session._session = dial.authenticate(connection, login(), security, session.server)
-    except BaseException:
-        connection.disconnect(close=False)
-        raise
-    session._connection = connection
+    session._session = dial.authenticate(connection, login(), security, session.server)
     session.session_id = session._session.session_id
+
+
+def hang_up(connection: Connection) -> None:
+    """End a connection, in a thread: smbprotocol waits for its own ones."""
+    threading.Thread(target=_disconnect, args=(connection,), name="smb", daemon=True).start()
+
+
+def _disconnect(connection: Connection) -> None:
+    try:
+        if connection.transport is not None:
+            connection.disconnect(close=False)
+    except OSError:
+        pass  # it is gone already
 
 
 class PlainFile(RemoteFile):

@@ -46,9 +46,10 @@ class ShareServer:
         self._fingerprint = fingerprint
         self._guid = uuid.uuid4()
         self._session: ShareSession | PlainSession | None = None
-        self._previous = 0
+        self._previous = self._sequence = 0
         self._connecting: asyncio.Task[ShareSession | PlainSession] | None = None
         self._users = 0
+        self._ending: asyncio.Task[None] | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._tried: Hashable = None  # the credential of the last attempt
 
@@ -69,6 +70,8 @@ class ShareServer:
     async def _connect(self) -> ShareSession | PlainSession:
         if self._session is not None:
             self._previous = self._session.session_id
+            if isinstance(self._session, ShareSession):
+                self._sequence = (self._session.sequence + 1) & 0xFFFF
         self._tried = self._fingerprint()
         try:
             session = await self._open()
@@ -82,7 +85,7 @@ class ShareServer:
         about = (self._host, self._port, self.name, self._guid, self.settings, self._login)
         if not self.settings.fast:
             return await open_plain_session(*about)
-        return await open_session(*about, self._previous)
+        return await open_session(*about, self._previous, self._sequence)
 
     def _connected(self, attempt: asyncio.Task[ShareSession | PlainSession]) -> None:
         self._connecting = None
@@ -116,7 +119,19 @@ class ShareServer:
 
     def _end(self) -> None:
         self._idle = None
-        session, self._session = self._session, None
-        if session is not None:
-            self._previous = 0
+        session = self._session
+        if session is not None and session.lost is None:  # a lost one is the next one's `previous`
+            self._session, self._previous = None, 0
             self._ending = asyncio.get_running_loop().create_task(session.close())
+
+    async def close(self) -> None:
+        """End the session now, and with it everything that is still open there."""
+        if self._idle is not None:
+            self._idle.cancel()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait((self._connecting,))
+        if self._session is not None:
+            await self._session.close()
+        if self._ending is not None:
+            await self._ending

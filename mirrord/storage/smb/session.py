@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from smbprotocol.connection import Connection
+from smbprotocol.exceptions import SMBResponseException
 from smbprotocol.session import Session
 from smbprotocol.tree import TreeConnect
 
 from mirrord.core.geometry import KIB
+from mirrord.errors import RefusedError
 from mirrord.smb import wire
 from mirrord.smb.channel import Reply, Request
-from mirrord.smb.seal import Unsealed
 from mirrord.storage.backend import Capabilities, Identity
 from mirrord.storage.remote import LostError
 from mirrord.storage.smb import control, dial
@@ -37,6 +38,7 @@ from mirrord.storage.smb.dial import DIALECTS, Login, Seat, Security
 from mirrord.storage.smb.file import ShareFile
 from mirrord.storage.smb.line import Line, LineSettings, fail
 from mirrord.storage.smb.trouble import Step, told
+from mirrord.storage.smb.work import in_thread, to_the_end
 
 T = TypeVar("T")
 
@@ -47,7 +49,6 @@ for _name in ("smbprotocol", "spnego"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 CHANNELS_MAX: Final = 8
-RESTORE_FIRST_S: Final = 1.0
 RESTORE_MAX_S: Final = 60.0
 # One read or write: more gains nothing on a fast link, and a guest's request waits for less.
 PIECE_BYTES: Final = 256 * KIB
@@ -79,7 +80,9 @@ class Tree:
 class ShareSession:
     """An authenticated session. Made by `open_session`."""
 
-    def __init__(self, server: str, settings: ShareSettings, login: Callable[[], Login]) -> None:
+    def __init__(
+        self, server: str, settings: ShareSettings, login: Callable[[], Login], sequence: int = 0
+    ) -> None:
         self.server = server
         self.settings = settings
         self.session_id = 0
@@ -90,7 +93,7 @@ class ShareSession:
         self._login = login
         self._seats: list[Seat] = []
         self._lines_made = 0
-        self._sequence = 0
+        self.sequence = sequence  # ChannelSequence: it grows with each lost line
         self._session: Session
         self._trees: dict[str, Tree] = {}
         self._control = asyncio.Lock()
@@ -98,7 +101,9 @@ class ShareSession:
         self._break_ears: dict[bytes, Callable[[wire.Break], None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
-        self._unsealed = False
+        self._wanted = 1
+        self._addresses_known: list[str] = []
+        self._restoring = False
         self.on_release: Callable[[], None] | None = None
 
     # What it is.
@@ -159,17 +164,23 @@ class ShareSession:
 
         Raises LostError, and `OSError` or DeniedError as `trouble.told` says.
         """
+        bound = partial(work, *args, **kw)
+        return await to_the_end(self._controlled(bound, doing or words_for(work)))
+
+    async def _controlled(self, work: Callable[[], T], doing: str) -> T:
         async with self._control:
             if not self._seats:
                 raise self.lost or LostError(f"{self.server}: the session has ended")
             self._session.connection = self._seats[0].connection
             try:
-                return await in_thread(work, *args, **kw)
+                return await in_thread(work)
             except Exception as error:
                 if self.lost is not None:
                     raise self.lost from error
-                doing = doing or getattr(work, "__name__", "a request")
-                raise told(error, Step(self.server, doing)) from error
+                found = told(error, Step(self.server, doing))
+                if isinstance(found, LostError) and isinstance(error, SMBResponseException):
+                    self.abandon(found.strerror or doing)  # the server doesn't know us any more
+                raise found from error
 
     async def tree(self, share: str) -> Tree:
         """Connect to a share, once. Raises DeniedError (`share-missing`, `share-denied`)."""
@@ -188,7 +199,6 @@ class ShareSession:
                 self._encrypt()
             made.encrypt_data = made.is_dfs_share = False  # sealed below; paths are the share's own
             found = self._trees[share.casefold()] = Tree(made.tree_connect_id, made)
-            self._unseal_if_allowed()
         return found
 
     # Lines.
@@ -247,10 +257,10 @@ class ShareSession:
         if not multi_credit:
             self.piece_bytes = min(self.piece_bytes, wire.CREDIT_BYTES)
         seal = dial.seal_of(connection, self._session, encrypt=self.encrypted, seat=seat)
-        line.channel.sequence = self._sequence
+        line.channel.sequence = self.sequence
         line.start(seal, self.session_id, piece_bytes=max(limits), multi_credit=multi_credit)
         if line.why is not None:
-            raise line.why
+            raise LostError(f"{self.server}: {line.why.strerror}") from line.why
         self._seats.append(seat)
         return seat
 
@@ -261,19 +271,6 @@ class ShareSession:
             seat.line.channel.seal = dial.seal_of(
                 seat.connection, self._session, encrypt=True, seat=seat
             )
-
-    def _unseal_if_allowed(self) -> None:
-        """Stop signing where that was allowed and the server doesn't ask for it."""
-        security = self.settings.security
-        if (
-            security.sign
-            or self.encrypted
-            or any(s.connection.require_signing for s in self._seats)
-        ):
-            return
-        for seat in self._seats:
-            seat.line.channel.seal = Unsealed()
-        self._unsealed = True
 
     async def _widen(self) -> None:
         """Bind as many lines as are wanted, as far as the server allows."""
@@ -310,29 +307,25 @@ class ShareSession:
             connection.session_table[self.session_id] = self._session
             if self.lost is not None:
                 raise self.lost
-            seat = self._sit(connection, key)
+            self._sit(connection, key)
         except BaseException:
             dial.hang_up(connection)
             raise
-        if self._unsealed:
-            seat.line.channel.seal = Unsealed()
-
-    _wanted = 1
-    _addresses_known: list[str]
 
     def _line_lost(self, line: Line, why: LostError, left: list[Request]) -> None:
         gone = [seat for seat in self._seats if seat.line is line]
         self._seats = [seat for seat in self._seats if seat.line is not line]
         if self._seats and gone:
-            self._sequence = (self._sequence + 1) & 0xFFFF
+            self.sequence = (self.sequence + 1) & 0xFFFF
             for seat in self._seats:
-                seat.line.channel.sequence = self._sequence
+                seat.line.channel.sequence = self.sequence
             log.warning("channel lost server=%s left=%d error=%s", self.server,
                         len(self._seats), why.strerror)  # fmt: skip
             for request in left:
                 if request.control is None and request.owner is not None:
                     self._idlest(request).submit(request)
-            self._own(self._restore())
+            if not self._restoring:
+                self._own(self._restore())
             return
         for request in left:
             fail(request, LostError(f"{self.server}: {why.strerror}"))
@@ -347,18 +340,22 @@ class ShareSession:
                 tell(why)
 
     async def _restore(self) -> None:
-        """Bind another line in the place of a lost one."""
-        delay_s = RESTORE_FIRST_S
+        """Bind lines in the place of lost ones, on whichever address works."""
+        self._restoring = True
+        delay_s, tried = self.settings.line.restore_s, 0
         while self.lost is None and len(self._seats) < self._wanted:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, RESTORE_MAX_S)
             if self.lost is None and len(self._seats) < self._wanted:
+                address = self._addresses_known[tried % len(self._addresses_known)]
+                tried += 1
                 try:
-                    await self._bind(self._addresses_known[0])
-                except OSError as error:
+                    await self._bind(address)
+                except (OSError, RefusedError) as error:
                     log.info("channel not restored server=%s error=%s", self.server, error)
                 else:
                     log.info("channel restored server=%s now=%d", self.server, len(self._seats))
+        self._restoring = False
 
     def _broken(self, line: Line, broken: wire.Break) -> None:
         tell = self._break_ears.get(broken.key)
@@ -420,13 +417,15 @@ async def open_session(
     settings: ShareSettings,
     login: Callable[[], Login],
     previous: int = 0,
+    sequence: int = 0,
 ) -> ShareSession:
     """Connect and log on. `server` is what messages call it; `guid` is this client's, for ever.
 
     `previous` is a session of ours that the server may still believe alive; it ends that one.
+    `sequence` goes on from that session's: the server remembers it of a handle taken over.
     Raises LostError, DeniedError.
     """
-    session = ShareSession(server, settings, login)
+    session = ShareSession(server, settings, login, sequence)
     try:
         await session._open(host, port, guid, previous)
     except BaseException:
@@ -435,30 +434,6 @@ async def open_session(
     return session
 
 
-async def in_thread(work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Run blocking work in a thread of its own, which keeps no process from ending.
-
-    A caller that is cancelled leaves it behind.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work(*args, **kwargs)
-        except BaseException as raised:
-            error = raised
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name="smb", daemon=True).start()
-    return await done
+def words_for(work: Callable[..., object]) -> str:
+    """Return what messages call a function of `control`."""
+    return getattr(work, "__name__", "a request").replace("_", " ")
