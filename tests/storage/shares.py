@@ -1,0 +1,153 @@
+"""What the tests of storage on SMB shares stand on: a client of its own, closed with the test."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from mirrord.smb.location import parse_location
+from mirrord.storage.backend import Cache
+from mirrord.storage.memory import open_memory
+from mirrord.storage.smb.dial import Security
+from mirrord.storage.smb.line import LineSettings
+from mirrord.storage.smb.place import SharePlace
+from mirrord.storage.smb.server import ShareServer
+from mirrord.storage.smb.session import ShareSession, ShareSettings
+from mirrord.storage.steady import SteadyBackend
+from tests.helpers import require_program
+from tests.samba import Samba
+
+JOB = "0d4fbd9c-7a52-4f7c-9d2b-5e1c8f6a3b72"
+DEADLINE_S = 30
+NOBODY = 65534
+# For servers that are killed, cut off or stopped. Not shorter: machines that test are busy.
+QUICK = LineSettings(
+    connect_s=3.0, silence_s=2.0, request_s=10.0, pending_s=20.0, check_s=0.1, restore_s=0.05
+)
+
+
+class Words:
+    """A password."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """Return it."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return "***"
+
+
+@dataclass
+class Login:
+    """Who logs on. `reads` counts how often somebody asked."""
+
+    user: str | None
+    password: Words | None = None
+    kerberos: bool = False
+    keytab: str | None = None
+    ccache: str | None = None
+
+
+@dataclass
+class Client:
+    """One process's view of a server: its places, and what it has open."""
+
+    samba: Samba
+    server: ShareServer
+    port: int | None
+    login: Login
+    stamp: int = 1  # of the credential: another one is another number
+    opened: list[SteadyBackend] = field(default_factory=list)
+
+    def place(self, path: str, share: str = "disks") -> SharePlace:
+        """Return a place on the share."""
+        return SharePlace(parse_location(self.samba.url(path, share, port=self.port)), self.server)
+
+    async def open(
+        self, path: str = "disk.raw", *, authoritative: bool = False, read_only: bool = False
+    ) -> SteadyBackend:
+        """Open a disk that is there."""
+        backend = await self.place(path).open(read_only=read_only)
+        return self.mine(backend, authoritative=authoritative)
+
+    async def create(self, path: str, size: int, *, authoritative: bool = False) -> SteadyBackend:
+        """Make a target; it keeps its temporary name."""
+        source = open_memory(size)
+        backend = await self.place(path).create(JOB, source, cache=Cache.WRITEBACK)
+        await source.close()
+        return self.mine(backend, authoritative=authoritative)
+
+    def mine(self, backend: Any, *, authoritative: bool = False) -> SteadyBackend:
+        """Close a disk with the test."""
+        assert isinstance(backend, SteadyBackend)
+        backend.authoritative = authoritative
+        self.opened.append(backend)
+        return backend
+
+    async def session(self) -> ShareSession:
+        """Return the session, which has to be a fast one."""
+        session = await self.server.session()
+        assert isinstance(session, ShareSession)
+        return session
+
+    async def close(self) -> None:
+        """Close everything."""
+        async with asyncio.timeout(DEADLINE_S):
+            for backend in self.opened:
+                await backend.close()
+            await self.server.close()
+
+
+MakeClient = Callable[..., Client]
+
+
+@pytest.fixture
+async def make_client() -> AsyncIterator[MakeClient]:
+    """Make clients of servers, with the settings of `ShareSettings`, that end with the test."""
+    made: list[Client] = []
+
+    def make(
+        samba: Samba,
+        *,
+        port: int | None = None,
+        encrypt: bool = True,
+        sign: bool = True,
+        min_dialect: str = "3.1.1",
+        login: Login | None = None,
+        **settings: Any,
+    ) -> Client:
+        security = Security(encrypt=encrypt, sign=sign, min_dialect=min_dialect)
+        login = login or Login(samba.user, Words(samba.password))
+        at = parse_location(samba.url("x", port=port))
+        chosen = ShareSettings(security=security, **settings)
+        client: Client
+
+        def fingerprint() -> int:
+            return client.stamp
+
+        server = ShareServer(at, chosen, lambda: client.login, fingerprint)
+        client = Client(samba, server, port, login)
+        made.append(client)
+        return client
+
+    yield make
+    for one in made:
+        await one.close()
+
+
+def smbclient(samba: Samba, *commands: str, share: str = "disks") -> str:
+    """Run Samba's own client; return all that it printed."""
+    done = subprocess.run(
+        [require_program("smbclient"), f"//127.0.0.1/{share}", "-p", str(samba.port), "-s",
+         str(samba.config), "-U", f"{samba.user}%{samba.password}", "-c", ";".join(commands)],
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    return done.stdout + done.stderr
