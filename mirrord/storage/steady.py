@@ -438,6 +438,9 @@ class SteadyBackend(Backend):
         if len(self._kept) + len(self._flying) > NEWER_MAX:
             return
         for change in gone[-SAMPLES_MAX // 4 :]:
+            # One of the same flush, before it, may have been overwritten by this one.
+            self._samples.forget(change.offset, change.length)
+            self._samples.forget(change.offset, change.length)  # an older one, learned just now
             known = change.data is not None and change.length <= SAMPLE_BYTES_MAX
             if known and not self._is_changing(change):
                 self._samples.learn(change.offset, cast(Buffer, change.data))
@@ -491,8 +494,8 @@ class SteadyBackend(Backend):
     async def _wait_up(self, until_s: float) -> RemoteFile:
         """Return the file once it is open again. Raises UnreachableError when that takes long."""
         while self._file is None:
-            if self.failed:
-                raise OSError(errno.EIO, self.reason)
+            if self.failed:  # ESTALE: no job need try this target again
+                raise OSError(errno.EIO if self.authoritative else errno.ESTALE, self.reason)
             if self._closing is not None:
                 raise OSError(errno.EBADF, "the disk is closed")
             if self._denied is not None and not self.authoritative and not self.door.changed():
