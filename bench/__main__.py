@@ -18,9 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from bench import scenarios
-from bench.servers import MissingPeerError
+from bench import scenarios, smb
+from bench.servers import MissingPeerError, run
 
+ALL = {**scenarios.ALL, **smb.ALL}
+MEMORY = Path("/dev/shm")
 RESULTS = Path(__file__).parent / "results"
 BUSY_LOAD = 0.5  # of the cores: above it the figures are said to be from a busy machine
 
@@ -30,19 +32,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench")
     parser.add_argument("scenario", nargs="*", metavar="SCENARIO")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the disks lie (default: /tmp)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the disks lie (default: /tmp; of smb-*: /dev/shm)"
+    )
     asked = parser.parse_args()
-    unknown = [name for name in asked.scenario if name not in scenarios.ALL]
+    unknown = [name for name in asked.scenario if name not in ALL]
     if unknown:
-        parser.error(f"no scenario {unknown[0]!r}; there are {', '.join(scenarios.ALL)}")
-    for name in asked.scenario or scenarios.ALL:
-        with tempfile.TemporaryDirectory(prefix="mb-", dir=asked.folder) as folder:
+        parser.error(f"no scenario {unknown[0]!r}; there are {', '.join(ALL)}")
+    for name in asked.scenario or ALL:
+        where = asked.folder or (MEMORY if ALL[name].in_memory and MEMORY.is_dir() else None)
+        with tempfile.TemporaryDirectory(prefix="mb-", dir=where) as folder:
             space = os.statvfs(folder)
             if space.f_bavail * space.f_frsize < scenarios.SPACE_BYTES:
                 need = scenarios.SPACE_BYTES >> 30
                 print(f"{folder} has less than the {need} GiB that are needed", file=sys.stderr)
                 return 2
-            report(name, scenarios.ALL[name], Path(folder), asked.rounds)
+            report(name, ALL[name], Path(folder), ALL[name].rounds or asked.rounds)
     return 0
 
 
@@ -58,11 +63,17 @@ def report(name: str, scenario: scenarios.Scenario, folder: Path, rounds: int) -
     print(f"\n{name}: {scenario.title} ({scenario.unit}; median of {rounds}, and least to most)")
     _table(figures, missing, scenario)
     busy = before > BUSY_LOAD * (os.cpu_count() or 1)
-    print(f"{platform.release()}, Python {platform.python_version()}, load {before:.2f} before")
+    where = run("stat", "--file-system", "--format=%T", folder).strip()
+    print(
+        f"{platform.release()}, Python {platform.python_version()}, disks on {where}, "
+        f"load {before:.2f} before"
+    )
     if busy:
         print("the machine was busy: read the ratios, not the figures")
     RESULTS.mkdir(exist_ok=True)
-    kept = {"figures": figures, "unit": scenario.unit, "load": before, "rounds": rounds}
+    kept = {
+        "figures": figures, "unit": scenario.unit, "load": before, "rounds": rounds, "on": where
+    }  # fmt: skip
     (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1))
 
 

@@ -40,9 +40,11 @@ class Scenario:
     title: str
     unit: str
     peers: dict[str, Measure]
+    in_memory: bool = False  # on a tmpfs, if there is one, unless a folder is asked for
+    rounds: int | None = None  # else as many as are asked for
 
 
-def _disk(folder: Path, size: int, data: float) -> Path:
+def make_disk(folder: Path, size: int, data: float) -> Path:
     """Make a disk once: random data, then a hole. Its pages are warm."""
     disk = folder / f"disk-{size >> 20}.raw"
     if not disk.exists():
@@ -54,7 +56,8 @@ def _disk(folder: Path, size: int, data: float) -> Path:
     return disk
 
 
-def _fio(uri: str, rw: str, depth: int, block: str) -> float:
+def fio(uri: str, rw: str, depth: int, block: str) -> float:
+    """Return the requests a second of a load that fio makes."""
     command = [need("fio"), "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={rw}"]
     command += [f"--bs={block}", f"--iodepth={depth}", f"--size={DISK_BYTES}", "--time_based"]
     command += [f"--runtime={FIO_S}", "--output-format=json"]
@@ -65,10 +68,10 @@ def _fio(uri: str, rw: str, depth: int, block: str) -> float:
 
 def _nbd(serve: Serve) -> Measure:
     def measure(folder: Path) -> dict[str, float]:
-        disk = _disk(folder, DISK_BYTES, 1.0)
+        disk = make_disk(folder, DISK_BYTES, 1.0)
         with serve(folder, disk) as uri:
             return {
-                f"{rw} {block}, depth {depth}": _fio(uri, rw, depth, block)
+                f"{rw} {block}, depth {depth}": fio(uri, rw, depth, block)
                 for rw, block, depth in (
                     ("randread", "4k", 1),
                     ("randread", "4k", 32),
@@ -91,7 +94,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 def _moved(verify: str) -> Measure:
     def measure(folder: Path) -> dict[str, float]:
-        disk, copy = _disk(folder, MOVED_BYTES, MOVED_DATA), folder / "vm.raw"
+        disk, copy = make_disk(folder, MOVED_BYTES, MOVED_DATA), folder / "vm.raw"
         target = folder / "moved.raw"
         run("cp", "--sparse=always", disk, copy)
         with mirrord(folder) as control:
@@ -106,7 +109,7 @@ def _moved(verify: str) -> Measure:
 
 def _copied(*command: str) -> Measure:
     def measure(folder: Path) -> dict[str, float]:
-        disk, target = _disk(folder, MOVED_BYTES, MOVED_DATA), folder / "copied.raw"
+        disk, target = make_disk(folder, MOVED_BYTES, MOVED_DATA), folder / "copied.raw"
         need(command[0])
 
         def work() -> None:
@@ -123,7 +126,7 @@ def _copied(*command: str) -> Measure:
 
 
 def _latency_while_moving(folder: Path) -> dict[str, float]:
-    disk, copy = _disk(folder, DISK_BYTES, 1.0), folder / "vm.raw"
+    disk, copy = make_disk(folder, DISK_BYTES, 1.0), folder / "vm.raw"
     target = folder / "moved.raw"
     shutil.copyfile(disk, copy)
     with mirrord(folder) as control:

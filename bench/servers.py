@@ -41,23 +41,26 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 @contextlib.contextmanager
-def mirrord(folder: Path) -> Iterator[Path]:
+def mirrord(folder: Path, config: Path | None = None) -> Iterator[Path]:
     """A daemon with everything in `folder`; yields its control socket."""
     control = folder / "c.sock"
     command = [*MIRRORD, "daemon", "--state-dir", str(folder / "state")]
     command += ["--runtime-dir", str(folder / "run"), "--socket", str(control)]
+    if config is not None:
+        command += ["--config", str(config)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as daemon:
         try:
             _wait_for(control)
             yield control
-            for name in _disks(control):
-                run(*MIRRORD, "detach", name, "--force", MIRRORD_SOCKET=str(control))
         finally:
+            with contextlib.suppress(RuntimeError):  # else it hides what went wrong before
+                for name in _disks(control):  # a disk's process would outlive the daemon
+                    run(*MIRRORD, "detach", name, "--force", MIRRORD_SOCKET=str(control))
             daemon.terminate()
 
 
-def attach(control: Path, name: str, disk: Path) -> Path:
-    """Serve a file by a running mirrord; return the NBD socket."""
+def attach(control: Path, name: str, disk: Path | str) -> Path:
+    """Serve a file, or what an address names, by a running mirrord; return the NBD socket."""
     run(*MIRRORD, "attach", name, disk, MIRRORD_SOCKET=str(control))
     return control.parent / "run" / "nbd" / f"{name}.sock"
 

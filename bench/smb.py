@@ -1,0 +1,308 @@
+"""Scenarios on an SMB share: a private smbd on loopback, as the tests have it.
+
+Signing is mandatory on every row; encryption is off but where a row says "encrypted", which is
+how mirrord is by default. The share's folder lies beside the other disks, on a tmpfs if there is
+one: what is measured is the protocol and both ends, not a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench.nbd_load import Measured
+from bench.scenarios import DISK_BYTES, MIB, Measure, Scenario, fio, make_disk
+from bench.servers import attach, mirrord, run
+from mirrord.control.client import Client
+from mirrord.control.messages import Job, MoveRequest
+from tests.samba import Samba
+
+SEQUENTIAL_BYTES = 2048 * MIB
+MOVED_BYTES = 1024 * MIB
+COPIED_BYTES = 2048 * MIB  # so that a copy lasts some seconds
+PAUSED_BYTES = 64 * MIB
+PAUSES = 50
+MOVE_RATE, PAUSE_RATE, CALM_RATE = 3000, 500, 500  # requests a second
+CALM_S = 5
+QUIET_S = 0.5  # after a start, before what counts
+LOOK_S = 0.05
+
+
+@contextlib.contextmanager
+def _samba(folder: Path, *, encrypted: bool = False) -> Iterator[Samba]:
+    """A server whose share is a folder that stays from round to round."""
+    share = folder / "share"
+    share.mkdir(exist_ok=True)
+    samba = Samba(encrypt="desired" if encrypted else "off", shares={"disks": share})
+    try:
+        yield samba.start()
+    finally:
+        samba.close()
+
+
+@contextlib.contextmanager
+def _mirrord(folder: Path, samba: Samba, *, encrypted: bool) -> Iterator[Path]:
+    """A daemon that may use the share; yields its control socket."""
+    credential, config = samba.root / "credential", samba.root / "mirrord.toml"
+    credential.touch(mode=0o600)
+    credential.write_text(samba.password)
+    weaker = "" if encrypted else 'encryption = "allow-plaintext"\n'
+    section = f'[smb."{samba.addresses[0]}:{samba.port}/disks"]\n'
+    config.write_text(f'{section}credential = "{credential}"\n{weaker}')
+    with mirrord(folder, config) as control:
+        yield control
+
+
+# A program and a file on the share.
+
+
+def _peer(name: str, work: str, size: int) -> Measure:
+    def measure(folder: Path) -> dict[str, float]:
+        figures = {}
+        for encrypted in (False, True):
+            with _samba(folder, encrypted=encrypted) as samba:
+                disk = make_disk(samba.folder(), size, 1.0)
+                errand = {
+                    "host": samba.addresses[0], "port": samba.port, "share": "disks",
+                    "name": disk.name, "size": size, "user": samba.user,
+                    "password": samba.password, "encrypted": encrypted,
+                }  # fmt: skip
+                command = [sys.executable, "-m", "bench.smb_peers", name, work]
+                done = subprocess.run(
+                    command, input=json.dumps(errand), text=True, capture_output=True
+                )
+            if done.returncode:
+                raise RuntimeError(f"{name} failed: {done.stderr[-500:]}")
+            for row, figure in json.loads(done.stdout).items():
+                figures[f"{row}, encrypted" if encrypted else row] = figure
+        return figures
+
+    return measure
+
+
+# A guest.
+
+
+@contextlib.contextmanager
+def _load(socket: Path, name: str, *options: str) -> Iterator[Measured]:
+    """A paced load in a process of its own; what it measured is there at the end."""
+    measured: Measured = []
+    command = [sys.executable, "-m", "bench.nbd_load", str(socket), name, *options]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError("the load doesn't begin")
+        yield measured
+        told = process.communicate()[0]  # which closes its standard input, too
+        if process.returncode:
+            raise RuntimeError("the load failed")
+        measured += json.loads(told)
+
+
+def _of(values: Sequence[float], share: float) -> float:
+    """Return the value that `share` of all are not above, in milliseconds."""
+    ordered = sorted(values)
+    return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _guest(where: str) -> Measure:
+    def measure(folder: Path) -> dict[str, float]:
+        encrypted = where == "encrypted"
+        with (
+            _samba(folder, encrypted=encrypted) as samba,
+            _mirrord(folder, samba, encrypted=encrypted) as control,
+        ):
+            disk = make_disk(samba.folder(), DISK_BYTES, 1.0)
+            location = disk if where == "local" else samba.url(disk.name)
+            uri = f"nbd+unix:///vm?socket={attach(control, 'vm', location)}"
+            return {
+                f"{rw} 4k, depth 16": fio(uri, rw, 16, "4k") for rw in ("randread", "randwrite")
+            }
+
+    return measure
+
+
+# Moves.
+
+
+def _move(client: Client, name: str, target: str) -> Job:
+    """Move a disk and return the job at its end, looking rarely: that costs the daemon time."""
+    job = client.move(name, MoveRequest(target, verify="full"))
+    while not job.ended_already:
+        time.sleep(LOOK_S)
+        job = client.job(job.id)
+    if job.phase != "done":
+        raise RuntimeError(f"the move ended as {job.phase}: {job.reason}")
+    return job
+
+
+def _entered_s(job: Job, phase: str) -> float:
+    """Return the time of day at which a job entered a phase."""
+    told = next(step.time for step in job.story if step.phase == phase)
+    return datetime.datetime.fromisoformat(told).timestamp()
+
+
+@contextlib.contextmanager
+def _moving(folder: Path, where: str, size: int) -> Iterator[tuple[Path, str, Path]]:
+    """A disk `vm` on a local file, and a target; yields control socket, target, NBD socket."""
+    encrypted = where == "encrypted"
+    with (
+        _samba(folder, encrypted=encrypted) as samba,
+        _mirrord(folder, samba, encrypted=encrypted) as control,
+    ):
+        copy, target = folder / "vm.raw", samba.folder() / "moved.raw"
+        shutil.copyfile(make_disk(folder, size, 1.0), copy)
+        socket = attach(control, "vm", copy)
+        try:
+            yield control, str(target) if where == "local" else samba.url(target.name), socket
+        finally:
+            run("rm", "-f", copy, target)
+
+
+def _live(where: str) -> Measure:
+    def measure(folder: Path) -> dict[str, float]:
+        with _moving(folder, where, MOVED_BYTES) as (control, target, socket):
+            client = Client(control)
+            with _load(socket, "vm", "--rate", str(MOVE_RATE)) as measured:
+                time.sleep(QUIET_S)
+                began_s = time.time()
+                time.sleep(QUIET_S)
+                job = _move(client, "vm", target)
+        before = [took for at, took, _ in measured if began_s < at < began_s + QUIET_S]
+        first_s, last_s = _entered_s(job, "copying"), _entered_s(job, "cutting-over")
+        during = [took for at, took, _ in measured if first_s < at < last_s]
+        return {
+            "p99 without a move": _of(before, 0.99),
+            "p50 before the commit": _of(during, 0.5),
+            "p99 before the commit": _of(during, 0.99),
+            "p99.9 before the commit": _of(during, 0.999),
+            "the move took": 1000 * (last_s - first_s),
+        }
+
+    return measure
+
+
+def _pause(where: str) -> Measure:
+    def measure(folder: Path) -> dict[str, float]:
+        pauses = []
+        with _moving(folder, where, PAUSED_BYTES) as (control, target, socket):
+            client = Client(control)
+            with _load(socket, "vm", "--rate", str(PAUSE_RATE), "--reads", "0.5"):
+                for _ in range(PAUSES):
+                    pauses.append((_move(client, "vm", target).pause_ms or 0) / 1000)
+                    _move(client, "vm", str(folder / "vm.raw"))
+        return {"p50": _of(pauses, 0.5), "p99": _of(pauses, 0.99), "most": _of(pauses, 1)}
+
+    return measure
+
+
+def _beside(copy: str) -> Measure:
+    """A guest on the share, and a copy to the same server: of another disk, or of its own."""
+
+    def measure(folder: Path) -> dict[str, float]:
+        with _samba(folder) as samba, _mirrord(folder, samba, encrypted=False) as control:
+            disk = make_disk(samba.folder(), COPIED_BYTES, 1.0)
+            mine, other = samba.folder() / "vm.raw", folder / "other.raw"
+            target = samba.folder() / "moved.raw"
+            shutil.copyfile(disk, mine)
+            socket = attach(control, "vm", samba.url(mine.name))
+            if copy == "other":
+                shutil.copyfile(disk, other)
+                attach(control, "other", other)
+            client = Client(control)
+            options = ("--rate", str(CALM_RATE), "--reads", "0.5", "--closed")
+            with _load(socket, "vm", *options) as measured:
+                time.sleep(QUIET_S)
+                first_s = time.time()
+                if copy == "none":
+                    time.sleep(CALM_S)
+                    last_s = time.time()
+                else:
+                    moved = "vm" if copy == "own" else "other"
+                    job = _move(client, moved, samba.url(target.name))
+                    first_s, last_s = _entered_s(job, "copying"), _entered_s(job, "cutting-over")
+            run("rm", "-f", mine, other, target)
+        during = [(took, read) for at, took, read in measured if first_s < at < last_s]
+        figures: dict[str, float] = {}
+        for word, wanted in (("read", 1), ("write", 0)):
+            took = [took for took, read in during if read == wanted]
+            figures |= {f"{word} p50": _of(took, 0.5), f"{word} p99": _of(took, 0.99)}
+        return figures | {"it took": 1000 * (last_s - first_s)}
+
+    return measure
+
+
+_CLIENTS = {
+    "mirrord": "mirrord",
+    "libsmbclient": "libsmbclient",
+    "smbprotocol": "smbprotocol",
+    "smbprotocol, pipelined": "smbprotocol-pipelined",
+}
+
+ALL: dict[str, Scenario] = {
+    "smb-sequential": Scenario(
+        "2 GiB of a file on a share in requests of 1 MiB, depth 4 where the peer can, signed",
+        "MB/s",
+        {
+            shown: _peer(name, "sequential", SEQUENTIAL_BYTES)
+            for shown, name in ({**_CLIENTS, "mirrord, a target": "mirrord-target"}).items()
+        },
+        in_memory=True,
+    ),
+    "smb-random": Scenario(
+        "4 KiB anywhere in a file on a share, depth 16 where the peer can, signed",
+        "requests a second",
+        {shown: _peer(name, "random", DISK_BYTES) for shown, name in _CLIENTS.items()},
+        in_memory=True,
+    ),
+    "smb-guest": Scenario(
+        "a disk on a share over NBD on a unix socket, warm",
+        "requests a second",
+        {
+            "on a share": _guest("share"),
+            "on an encrypted share": _guest("encrypted"),
+            "on a local file": _guest("local"),
+        },
+        in_memory=True,
+    ),
+    "smb-move": Scenario(
+        f"writes of a guest, {MOVE_RATE} a second, while its disk is moved",
+        "milliseconds",
+        {
+            "to a share": _live("share"),
+            "to an encrypted share": _live("encrypted"),
+            "to a local file": _live("local"),
+        },
+        in_memory=True,
+    ),
+    "smb-pause": Scenario(
+        f"pause of a guest at the cutover, of {PAUSES} moves under {PAUSE_RATE} requests a second",
+        "milliseconds",
+        {
+            "onto a share": _pause("share"),
+            "onto an encrypted share": _pause("encrypted"),
+            "onto a local file": _pause("local"),
+        },
+        in_memory=True,
+        rounds=1,
+    ),
+    "smb-beside": Scenario(
+        f"{CALM_RATE} requests of 4 KiB a second, one at a time, beside a copy to the same server",
+        "milliseconds",
+        {
+            "no copy": _beside("none"),
+            "another disk's copy": _beside("other"),
+            "its own disk's copy": _beside("own"),
+        },
+        in_memory=True,
+    ),
+}
