@@ -73,6 +73,7 @@ LEASE_RWH: Final = 7
 OUTPUT_BYTES_MAX: Final = 64 * 1024
 NO_FILE: Final = b"\xff" * 16  # where an ioctl concerns no file
 _NORMAL: Final = 0x80  # FILE_ATTRIBUTE_NORMAL
+_SPARSE: Final = 0x200  # FILE_ATTRIBUTE_SPARSE_FILE
 _NANOSECONDS_A_TICK: Final = 100
 _EPOCH_TICKS: Final = 116_444_736_000_000_000  # 1970 in FILETIME
 
@@ -87,6 +88,7 @@ class Facts:
     born_ns: int  # since 1970; 0 where the server doesn't keep it
     links: int
     is_folder: bool
+    is_sparse: bool
 
 
 @dataclass(slots=True)
@@ -254,7 +256,8 @@ def _query(tree: Any, handle: Handle, kind: Any, room: int = 1024) -> Any:
 def facts(tree: Any, handle: Handle) -> Facts:
     """Return what the server says of an open file."""
     standard = _query(tree, handle, FileStandardInformation)
-    born = int(_query(tree, handle, FileBasicInformation)["creation_time"].get_value())
+    basic = _query(tree, handle, FileBasicInformation)
+    born = int(basic["creation_time"].get_value())
     return Facts(
         size=standard["end_of_file"].get_value(),
         number=_query(tree, handle, FileInternalInformation)["index_number"].get_value(),
@@ -262,6 +265,7 @@ def facts(tree: Any, handle: Handle) -> Facts:
         born_ns=(born - _EPOCH_TICKS) * _NANOSECONDS_A_TICK if born > _EPOCH_TICKS else 0,
         links=standard["number_of_links"].get_value(),
         is_folder=standard["directory"].get_value(),
+        is_sparse=bool(basic["file_attributes"].get_value() & _SPARSE),
     )
 
 

@@ -6,6 +6,7 @@ taken over after a loss, which proves that nobody else had the file; else it is 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -22,6 +23,7 @@ from mirrord.storage.smb.session import ShareSession, Tree
 from mirrord.storage.smb.work import to_the_end
 
 KIND: Final = "smb"
+OPEN_S: Final = 10.0  # that opening again may take, before the connection is believed stuck
 
 File = ShareFile | PlainFile
 
@@ -80,9 +82,14 @@ class ShareDoor(Door):
         missing: OSError | None = None
         for path in paths:
             try:
-                found = await open_file(self._server, desk, path, read_only=self._read_only)
+                async with asyncio.timeout(OPEN_S):
+                    found = await open_file(self._server, desk, path, read_only=self._read_only)
             except (LostError, DeniedError):
                 raise
+            except TimeoutError as error:
+                why = f"{self.where}: opening {path} takes longer than {OPEN_S:g} s"
+                session.abandon(why)
+                raise LostError(why) from error
             except OSError as error:
                 if error.errno != errno.ENOENT:
                     # Locked: the server has not noticed yet that the old connection is gone.
@@ -104,9 +111,13 @@ class ShareDoor(Door):
             again = await desk.ask(control.reopen_handle, path, access, handle, share=share)
         except LostError:
             raise
-        except OSError:
-            handle.durable = False  # forgotten, or somebody else wanted the file
-            return None
+        except OSError as error:
+            # Forgotten, or somebody else wanted the file. Samba leaves half of a handle behind that
+            # it refused to give back, until its process ends: an open would wait for that one.
+            handle.durable = False
+            why = f"{self.where}: the handle was not kept ({error.strerror})"
+            desk.session.abandon(why)
+            raise LostError(why) from error
         facts = await desk.ask(control.facts, again)
         return as_file(
             self._server, desk, again, facts, path,
@@ -121,17 +132,24 @@ def _mode(read_only: bool) -> tuple[int, int]:
     return control.WRITE, control.NOT_SHARED
 
 
-async def open_file(server: ShareServer, desk: Desk, path: str, *, read_only: bool) -> File:
+async def open_file(
+    server: ShareServer, desk: Desk, path: str, *, read_only: bool, made_sparse: bool = False
+) -> File:
     """Open a file that is there, for ourselves alone."""
     access, share = _mode(read_only)
     handle = await desk.ask(control.open_handle, path, access, share=share, durable=not read_only)
     try:
         facts = await desk.ask(control.facts, handle)
-        sparse = not read_only and await desk.ask(control.make_sparse, handle)
+        sparse = facts.is_sparse or made_sparse
+        if read_only or sparse or not await desk.ask(control.make_sparse, handle):
+            return as_file(server, desk, handle, facts, path, sparse=sparse, keeps_birth=sparse)
     except BaseException:
         await desk.ask(control.close, handle)
         raise
-    return as_file(server, desk, handle, facts, path, sparse=sparse, keeps_birth=sparse)
+    # Samba has written the birth down just now, rounded, and gives no handle back whose file has
+    # another birth than when it was opened: so it is opened once more.
+    await desk.ask(control.close, handle)
+    return await open_file(server, desk, path, read_only=read_only, made_sparse=True)
 
 
 def as_file(

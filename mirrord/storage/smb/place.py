@@ -28,12 +28,14 @@ from mirrord.storage.remote import DeniedError, LostError
 from mirrord.storage.smb import control
 from mirrord.storage.smb.control import Facts, Handle
 from mirrord.storage.smb.door import Desk, File, ShareDoor, as_file, identity_of, open_file
-from mirrord.storage.smb.server import ShareServer
+from mirrord.storage.smb.server import PATIENCE_S, ShareServer
 from mirrord.storage.smb.work import to_the_end
 from mirrord.storage.steady import SteadyBackend, SteadySettings
 
 # A handle that a killed process held is given back when its connection is gone: a moment later.
 LOCK_RETRY_S: Final = 0.2
+# Guests wait while a crashed job's target is looked for; without it the job ends.
+FIND_PATIENCE_S: Final = 5.0
 # Samba sets an end beyond this, but refuses to write there.
 SIZE_IN_DOUBT: Final = 16 * TIB - 64 * KIB
 
@@ -112,20 +114,20 @@ class SharePlace(Place):
     # The share.
 
     @asynccontextmanager
-    async def _desk(self) -> AsyncIterator[Desk]:
+    async def _desk(self, patience_s: float = PATIENCE_S) -> AsyncIterator[Desk]:
         """Have the share connected, for a step. Raises LostError, DeniedError."""
         self._server.use()
         try:
-            session = await self._server.patiently()
+            session = await self._server.patiently(patience_s)
             yield Desk(session, await session.tree(self._at.share))
         finally:
             self._server.release()
 
     @asynccontextmanager
-    async def _refusing(self) -> AsyncIterator[Desk]:
-        """The same for what refuses: RefusedError, or UnreachableError."""
+    async def _refusing(self, patience_s: float = 0.0) -> AsyncIterator[Desk]:
+        """The same for what refuses, at once: RefusedError, or UnreachableError."""
         try:
-            async with self._desk() as desk:
+            async with self._desk(patience_s) as desk:
                 yield desk
         except DeniedError as error:
             raise RefusedError(error.code, error.strerror or error.code) from error
@@ -315,7 +317,7 @@ class SharePlace(Place):
     # The target, while its job lasts.
 
     async def _find(self, job_id: str, identity: Identity) -> Backend | None:
-        async with self._refusing() as desk:
+        async with self._refusing(FIND_PATIENCE_S) as desk:
             for path in (self._part(job_id), self._at.path):
                 if not await self._leads_to(desk, path, identity):
                     continue

@@ -133,6 +133,10 @@ class PlainSession:
             for tell in ears:
                 tell(self.lost)
 
+    def abandon(self, why: str) -> None:
+        """As `ShareSession.abandon`."""
+        self._lose(why)
+
     async def close(self) -> None:
         """End the connection. Never raises."""
         if self.lost is None:

@@ -92,14 +92,14 @@ class ShareServer:
         if not attempt.cancelled():
             attempt.exception()  # told to whoever waited, if anybody did
 
-    async def patiently(self) -> ShareSession | PlainSession:
+    async def patiently(self, patience_s: float = PATIENCE_S) -> ShareSession | PlainSession:
         """Return a session, trying for a while. Raises LostError, DeniedError."""
-        until_s = asyncio.get_running_loop().time() + PATIENCE_S
+        until_s = asyncio.get_running_loop().time() + patience_s
         while True:
             try:
                 return await self.session()
             except LostError:
-                if asyncio.get_running_loop().time() > until_s:
+                if asyncio.get_running_loop().time() >= until_s:
                     raise
             await asyncio.sleep(RETRY_S)
 

@@ -52,8 +52,10 @@ class Step:
 
 def told(error: BaseException, step: Step) -> OSError:
     """Return what an exception of smbprotocol or the system means."""
-    if isinstance(error, LostError | DeniedError):
-        return error
+    if isinstance(error, LostError):  # a new one: whoever raises it `from error` makes no circle
+        return LostError(error.strerror or "lost")
+    if isinstance(error, DeniedError):
+        return DeniedError(error.errno or errno.EACCES, error.code, error.strerror or error.code)
     if isinstance(error, SMBResponseException):
         return _answered(error.status, step)
     if isinstance(error, SMBAuthenticationError):
