@@ -13,7 +13,7 @@ from typing import NamedTuple
 from smbprotocol.connection import Connection, Dialects, SMB2TransformHeader
 
 from mirrord.smb import status, wire
-from mirrord.smb.channel import Channel, Reply, Request
+from mirrord.smb.channel import Allocate, Channel, Reply, Request, plain_memory
 from mirrord.smb.seal import Encrypted, Encryption, Seal, Signed, Signing, Unsealed
 
 SESSION = 0x1122334455667788
@@ -112,12 +112,11 @@ def parse(message: bytes) -> Asked:
 
 def split(data: bytes) -> list[bytes]:
     """Cut what was sent into its messages."""
-    found = []
-    while data:
-        length = int.from_bytes(data[:4], "big")
-        assert len(data) >= 4 + length
-        found.append(data[4 : 4 + length])
-        data = data[4 + length :]
+    found, at = [], 0
+    while at < len(data):
+        start, at = at + 4, at + 4 + int.from_bytes(data[at : at + 4], "big")
+        assert at <= len(data)
+        found.append(data[start:at])
     return found
 
 
@@ -177,21 +176,26 @@ def lease_break(key: bytes = FILE, state: int = 3, *, wants_ack: bool = True) ->
 
 def feed(channel: Channel, data: bytes, now_s: float = 0.0, step: int = 1 << 30) -> list[Reply]:
     """Receive all of `data`, at most `step` bytes at a time."""
-    replies = []
-    while data:
+    replies, at = [], 0
+    while at < len(data):
         buffer = channel.inbox.buffer()
-        count = min(len(buffer), len(data), step)
-        buffer[:count] = data[:count]
-        data = data[count:]
+        count = min(len(buffer), len(data) - at, step)
+        buffer[:count] = data[at : at + count]
+        at += count
         replies += channel.received(count, now_s)
     return replies
 
 
 def started(
-    kind: Kind = None, *, credits: int = 64, piece_bytes: int = 1 << 20, multi_credit: bool = True
+    kind: Kind = None,
+    *,
+    credits: int = 64,
+    piece_bytes: int = 1 << 20,
+    multi_credit: bool = True,
+    allocate: Allocate = plain_memory,
 ) -> Channel:
     """Return a channel that smbprotocol has negotiated on, with so many credits left."""
-    channel = Channel()
+    channel = Channel(allocate)
     channel.greet(answer(wire.NEGOTIATE, 0, flags=0))
     channel.outgoing.clear()
     feed(channel, framed(answer(wire.NEGOTIATE, 0, credits=credits)))

@@ -17,7 +17,7 @@ from tests.style.sources import ROOT, python_files, show
 
 MODULES = [
     path
-    for folder in ("mirrord/core", "mirrord/nbd")
+    for folder in ("mirrord/core", "mirrord/nbd", "mirrord/smb")
     for path in python_files(folder)
     if path.name != "__init__.py"
 ]

@@ -17,17 +17,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "core": {"errors"},
     "nbd": {"errors", "core"},
-    "storage": {"errors", "core", "engine.store"},  # job_files fulfils the engine's interface
+    "smb": {"errors", "core"},
+    "storage": {"errors", "core", "smb", "engine.store"},  # job_files: the engine's interface
     "engine": {"errors", "core", "storage.backend"},  # never a concrete backend
     "frontends": {"errors", "core", "nbd", "engine", "storage.backend"},
     "control": {"errors", "core"},
-    "service": {"errors", "core", "nbd", "storage", "engine", "frontends", "control"},
+    "service": {"errors", "core", "nbd", "smb", "storage", "engine", "frontends", "control"},
     "cli": {"errors", "core", "control", "service"},
     "__main__": {"cli"},
     "": set(),  # mirrord/__init__.py
 }
 
-PURE = ("core", "nbd")
+PURE = ("core", "nbd", "smb")
 IMPURE = {
     "asyncio", "os", "socket", "time", "random", "logging", "threading", "pathlib", "io",
     "subprocess", "multiprocessing", "concurrent", "select", "selectors", "datetime", "uvloop",
@@ -83,5 +84,8 @@ def test_every_layer_is_in_the_table() -> None:
 def test_a_module_that_breaks_the_layers_is_noticed() -> None:
     assert not permitted("mirrord.engine.job", "mirrord.storage.file")
     assert not permitted("mirrord.core.bitmap", "mirrord.storage.backend")
+    assert not permitted("mirrord.smb.channel", "mirrord.storage.smb.line")
+    assert not permitted("mirrord.engine.job", "mirrord.smb.location")
+    assert permitted("mirrord.storage.smb.line", "mirrord.smb.channel")
     assert not permitted("mirrord.frontends.nbd_server", "mirrord.service.daemon")
     assert permitted("mirrord.engine.job", "mirrord.storage.backend.Backend")
