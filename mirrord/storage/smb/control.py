@@ -108,20 +108,22 @@ def open_handle(
     *,
     share: int = NOT_SHARED,
     create: bool = False,
-    folder: bool = False,
+    folder: bool | None = False,
     delete: bool = False,
     durable: bool = False,
 ) -> Handle:
     """Open or create (never both). `path` has slashes. `delete`: it goes when it is closed.
 
-    A durable one outlives its connection, where the server grants that.
+    `folder` None opens whatever it is. A durable handle outlives its connection, where the server
+    grants that.
     """
     guid = uuid.uuid4()
+    kinds = {True: CreateOptions.FILE_DIRECTORY_FILE, False: CreateOptions.FILE_NON_DIRECTORY_FILE}
     contexts = [_lease(guid), _durable(tree, guid)] if durable else None
     return _create(
         tree, path, access, share, guid, contexts,
         CreateDisposition.FILE_CREATE if create else CreateDisposition.FILE_OPEN,
-        (CreateOptions.FILE_DIRECTORY_FILE if folder else CreateOptions.FILE_NON_DIRECTORY_FILE)
+        (0 if folder is None else kinds[folder])
         | (CreateOptions.FILE_DELETE_ON_CLOSE if delete else 0),
     )  # fmt: skip
 

@@ -428,7 +428,9 @@ class SharePlace(Place):
     async def _look(self, desk: Desk, path: str) -> Facts | None:
         """Return what a name leads to, past every lock; None when there is nothing."""
         try:
-            handle = await desk.ask(control.open_handle, path, control.LOOK, share=control.SHARED)
+            handle = await desk.ask(
+                control.open_handle, path, control.LOOK, share=control.SHARED, folder=None
+            )
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return None
