@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
+from mirrord.errors import RefusedError
 from mirrord.smb.location import parse_location
 from mirrord.storage.backend import Cache
 from mirrord.storage.memory import open_memory
@@ -19,7 +22,7 @@ from mirrord.storage.smb.place import SharePlace
 from mirrord.storage.smb.server import ShareServer
 from mirrord.storage.smb.session import ShareSession, ShareSettings
 from mirrord.storage.steady import SteadyBackend
-from tests.helpers import require_program
+from tests.helpers import require_program, require_root
 from tests.samba import Samba
 
 JOB = "0d4fbd9c-7a52-4f7c-9d2b-5e1c8f6a3b72"
@@ -107,6 +110,7 @@ class Client:
 
 
 MakeClient = Callable[..., Client]
+_numbers = itertools.count()
 
 
 @pytest.fixture
@@ -151,3 +155,77 @@ def smbclient(samba: Samba, *commands: str, share: str = "disks") -> str:
         capture_output=True, text=True, timeout=30,
     )  # fmt: skip
     return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def nobodys() -> Iterator[Samba]:
+    """A server that root runs as an ordinary user."""
+    require_root()
+    server = Samba(uid=NOBODY)
+    try:
+        yield server.start()
+    finally:
+        server.close()
+
+
+LINES = {
+    "readonly": ["read only = yes"],
+    "denied": ["valid users = daemon"],
+    "bare": ["store dos attributes = no"],
+    "solid": ["strict allocate = yes"],
+}
+
+
+@pytest.fixture(scope="session")
+def various() -> Iterator[Samba]:
+    """A server with shares that each can't do something."""
+    server = Samba(shares={}, share_lines=LINES)
+    for name in LINES:
+        folder = server.root / name
+        folder.mkdir()
+        server.give(folder)
+        server.shares[name] = folder
+    server.reconfigure(shares=server.shares)
+    try:
+        yield server.start()
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def client(samba: Samba, make_client: MakeClient) -> Client:
+    """A client of the server that has nothing special."""
+    return make_client(samba)
+
+
+class Folder:
+    """A folder on the share, of this test's own."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.name = f"place-{next(_numbers)}"
+        self.path = client.samba.file(self.name)
+        self.path.mkdir()
+        client.samba.give(self.path)
+
+    def place(self, name: str) -> SharePlace:
+        """Return the place of a name in it."""
+        return self.client.place(f"{self.name}/{name}")
+
+    def names(self) -> list[str]:
+        """Return what lies in it."""
+        return sorted(os.listdir(self.path))
+
+
+@pytest.fixture
+def folder(client: Client) -> Folder:
+    """Where this test's files are."""
+    return Folder(client)
+
+
+async def refusal_of(awaitable: Any) -> RefusedError:
+    """Return the refusal, which has to be one line."""
+    with pytest.raises(RefusedError) as caught:
+        await awaitable
+    assert "\n" not in str(caught.value)
+    return caught.value

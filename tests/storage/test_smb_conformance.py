@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 import pytest
 
 from mirrord.storage.backend import Backend
-from tests.helpers import require_root
 from tests.samba import Samba
 from tests.storage.conformance import SIZE, BackendConformance, expect
-from tests.storage.shares import NOBODY, MakeClient
+from tests.storage.shares import MakeClient
 from tests.storage.shares import make_client as make_client
+from tests.storage.shares import nobodys as nobodys
 
 _numbers = itertools.count()
 
@@ -43,17 +43,6 @@ WHOLE = [
     Way(True, False, False, "nobody"),
     Way(False, False, True, "oneself"),
 ]
-
-
-@pytest.fixture(scope="module")
-def nobodys() -> Iterator[Samba]:
-    """A server that root runs as an ordinary user."""
-    require_root()
-    server = Samba(uid=NOBODY)
-    try:
-        yield server.start()
-    finally:
-        server.close()
 
 
 @pytest.fixture
