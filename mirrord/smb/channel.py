@@ -219,7 +219,8 @@ class Channel:
                     return
                 lane = small
             if not self._affords(lane[0]):
-                self._ask_for_credits(lane[0], now_s)
+                if self._ask_for_credits(lane[0], now_s):
+                    continue
                 return
             self._overtaken = self._overtaken + 1 if lane is small and bulk else 0
             self._send(lane.popleft(), now_s)
@@ -235,10 +236,11 @@ class Channel:
     def _affords(self, request: Request) -> bool:
         return self._high - self._low >= self._charge(request)
 
-    def _ask_for_credits(self, request: Request, now_s: float) -> None:
-        """Ask, when no reply to anything else could bring more; give up when that didn't help."""
+    def _ask_for_credits(self, request: Request, now_s: float) -> bool:
+        """Ask, when no reply to anything else could bring more; when that didn't help, refuse all
+        that is large, and return True."""
         if self._pending:
-            return
+            return False
         if self._high == self._low or (self._asking and request.control is not None):
             raise ProtocolError(f"the server grants {self._high - self._low} credits in all")
         if self._asking:
@@ -246,9 +248,10 @@ class Channel:
             bulk = self._lanes[2]
             self.refused += bulk
             bulk.clear()
-            return
+            return True
         self._asking = True
         self._send(Request(wire.ECHO, wire.echo_body()), now_s, wish=self._charge(request))
+        return False
 
     def _send(self, request: Request, now_s: float, wish: int = 0) -> None:
         assert self.seal is not None
