@@ -47,6 +47,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+credential = typer.Typer(help="Try the credentials of shares.", no_args_is_help=True)
+app.add_typer(credential, name="credential")
+
 
 class Cache(StrEnum):
     writeback = "writeback"
@@ -140,7 +143,9 @@ def daemon(
 @app.command()
 def attach(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What the disk will be called.")],
-    location: Annotated[str, typer.Argument(metavar="LOCATION", help="A file or block device.")],
+    location: Annotated[
+        str, typer.Argument(metavar="LOCATION", help="A file, a block device, or smb://…")
+    ],
     cache: Annotated[
         Cache, typer.Option(help="Go through the page cache or past it.")
     ] = Cache.writeback,
@@ -187,7 +192,7 @@ def move(
     name: Name,
     target: Annotated[
         str,
-        typer.Argument(metavar="TARGET", help="A new file, a directory, or a block device."),
+        typer.Argument(metavar="TARGET", help="A new file, a folder, a block device, or smb://…"),
     ],
     keep_source: Annotated[
         bool, typer.Option("--keep-source", help="Leave the source where it is.")
@@ -367,6 +372,21 @@ def detach(
     """Stop serving a disk. Its bytes stay where they are."""
     gone = _client(socket).detach(check_name(name), force=force)
     display.put(gone, json, display.detached)
+
+
+@credential.command("test")
+def try_credential(
+    location: Annotated[
+        str, typer.Argument(metavar="LOCATION", help="smb://[user@]server[:port]/share/folder/")
+    ],
+    json: Json = False,
+    socket: Socket = None,
+) -> None:
+    """Log on to a share with its credential, and print what the server gives.
+
+    The daemon does it, as a disk's process would. A small file is made and removed again.
+    """
+    display.put(_client(socket).test_credential(absolute(location)), json, display.credential)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 
 import msgspec
 
-from mirrord.control.messages import Disk, Job, Share
+from mirrord.control.messages import CredentialTest, Disk, Job, Share
 from mirrord.core.units import format_bytes, format_duration, format_rate
 
 Shown = TypeVar("Shown")
@@ -107,6 +107,34 @@ def _share(share: Share) -> str:
     if share.weaknesses:
         said.append(f"WEAK: {', '.join(share.weaknesses)}")
     return "; ".join(said)
+
+
+def credential(found: CredentialTest) -> str:
+    """Return what a server gives, and what one may want to change."""
+    room = "-" if found.available_bytes is None else format_bytes(found.available_bytes)
+    largest = format_bytes(min(found.read_bytes_max, found.write_bytes_max))
+    lines = [
+        ("location", found.location),
+        ("user", found.user or "the one of the Kerberos tickets"),
+        ("dialect", f"SMB {found.dialect}"),
+        ("encryption", found.encryption),
+        ("signing", found.signing),
+        ("channels", f"{found.channels} now; offered: {', '.join(found.addresses) or 'no more'}"),
+        ("largest request", largest),
+        ("space", f"{room} for this user"),
+        ("writable", _yes(found.writable)),
+        ("durable handles", _yes(found.durable_handle)),
+        ("persistent handles", _yes(found.persistent_handle)),
+        ("sparse files", _yes(found.sparse)),
+        ("copies inside", _yes(found.server_side_copy)),
+        ("folder flush", _yes(found.folder_flush)),
+        ("write and flush", "-" if found.flush_ms is None else f"{found.flush_ms:g} ms"),
+    ]
+    return "\n".join([pairs(lines), *(f"- {one}" for one in found.advice)])
+
+
+def _yes(fact: bool | None) -> str:
+    return {True: "yes", False: "no", None: "not tried"}[fact]
 
 
 def pairs(lines: Sequence[tuple[str, str]]) -> str:

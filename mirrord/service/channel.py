@@ -23,6 +23,7 @@ from mirrord.control.messages import Call, Job, Problem, Reply
 from mirrord.control.sockets import Access, dial, listen, peer, remove_socket
 from mirrord.errors import MirrordError, RefusedError
 from mirrord.service.logs import fields
+from mirrord.storage.backend import UnreachableError
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,9 @@ def _let_go(error: BaseException | None) -> None:
 
     Their frames hold the directory of a refused target, which keeps it from being unmounted.
     """
-    while error is not None:
+    seen: set[int] = set()  # a chain may lead back to itself: `raise error from error`
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 
@@ -223,6 +226,8 @@ class ChannelServer:
         except MirrordError as error:
             reply = Reply(call.id, error=Problem(error.code, str(error)))
             _let_go(error)
+        except UnreachableError as error:
+            reply = Reply(call.id, error=Problem("unreachable", error.strerror or str(error)))
         except OSError as error:
             reply = Reply(call.id, error=Problem("io-error", str(error)))
         except Exception as error:

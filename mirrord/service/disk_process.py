@@ -190,7 +190,7 @@ async def _live(options: argparse.Namespace) -> int:
         await asyncio.to_thread(process.confirm)
         await process.serve()
     except UnreachableError as error:
-        problem = Problem("unreachable", f"disk {options.name} waits: {error.strerror}")
+        problem = Problem("unreachable", error.strerror or f"disk {options.name} is out of reach")
         log.warning("unreachable %s", fields(disk=options.name, reason=error.strerror))
         _report(options.report_fd, Report(unreachable=problem))
         return UNREACHABLE_EXIT_CODE

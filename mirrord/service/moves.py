@@ -172,12 +172,15 @@ class Moves:
             log.info("move asked for %s", fields(job=job_id, disk=disk, target=target))
             move.starting = False
             if job_id in self._startable():
+                move.starting = True
                 await self._start(move)
-        except BaseException:
+                move.starting = False
+        except BaseException:  # still `starting`: nobody else begins it while it is forgotten
             self._moves.pop(job_id, None)
             await asyncio.shield(asyncio.to_thread(self._forget, job_id))
             self.kick()
             raise
+        self.kick()
         return self._shown(move)
 
     def _reserve(self, disk: str, source: str, target: str, request: MoveRequest) -> Move:
@@ -230,7 +233,6 @@ class Moves:
 
     async def _start(self, move: Move) -> None:
         """Have the disk's process begin. Raises RefusedError when it can't."""
-        move.starting = True
         try:
             process = self._process_of(move.record.disk)
             job = await process.call("move", Job, job_id=move.record.id)
@@ -240,9 +242,6 @@ class Moves:
             if error.code != "disk-restarted":
                 raise
             await self._reread(move)
-        finally:
-            move.starting = False
-            self.kick()
 
     async def _reread(self, move: Move) -> None:
         """Let the journal say how a job stands whose process has died."""
@@ -286,6 +285,9 @@ class Moves:
                 log.warning("move waits %s", fields(job=move.record.id, reason=error))
                 return
             self.conclude(move, "failed", str(error))
+        finally:
+            move.starting = False
+            self.kick()
 
     def disk_ready(self, status: DiskStatus) -> None:
         """A process has come up: it knows what has become of its disk's job."""

@@ -7,10 +7,12 @@ smbprotocol and cryptography, and prepares the process for both of them.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Final
 
+from mirrord.errors import RefusedError
 from mirrord.service import credentials
 from mirrord.service.credentials import Secret
 from mirrord.service.shares import ShareConfig, weaknesses
@@ -54,9 +56,28 @@ def make_server(at: ShareLocation, config: ShareConfig) -> ShareServer:
         fast=config.fast,
         weaknesses=tuple(weaknesses(config)),
     )
-    return ShareServer(
-        at, settings, partial(login_of, config, at.user), partial(credentials.fingerprint, config)
-    )
+    login = _Remembered(partial(login_of, config, at.user))
+    return ShareServer(at, settings, login, partial(credentials.fingerprint, config))
+
+
+class _Remembered:
+    """Reads a credential, and still knows it when it isn't there any more.
+
+    systemd takes $CREDENTIALS_DIRECTORY away when the service stops; disk processes go on, and
+    have to be able to connect again.
+    """
+
+    def __init__(self, read: Callable[[], ShareLogin]) -> None:
+        self._read = read
+        self._last: ShareLogin | None = None
+
+    def __call__(self) -> ShareLogin:
+        try:
+            self._last = self._read()
+        except RefusedError as error:
+            if self._last is None or error.code != "credential-missing":
+                raise
+        return self._last
 
 
 def login_of(config: ShareConfig, user: str) -> ShareLogin:

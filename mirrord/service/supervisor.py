@@ -305,7 +305,10 @@ class DiskProcess:
     async def _greet(self, channel: Channel) -> None:
         try:
             self.status = await channel.call("status", DiskStatus, deadline_s=READY_DEADLINE_S)
-        except (ChannelClosedError, TimeoutError, MirrordError) as error:
+        except ChannelClosedError:
+            channel.abandon()
+            return  # it died this instant: `keep` says so
+        except (TimeoutError, MirrordError) as error:
             log.warning("disk process does not answer %s", fields(disk=self.name, error=error))
             channel.abandon()
             return

@@ -24,7 +24,7 @@ from tests.nbd_writer import Client
 SLOW = "2MiB"
 DISK_KEYS = {
     "name", "state", "reason", "location", "size", "read_only", "cache", "uris", "clients", "job",
-    "snippets",
+    "share", "target_share", "snippets",
 }  # fmt: skip
 JOB_KEYS = {
     "id", "disk", "phase", "bytes_total", "bytes_copied", "bytes_remaining", "copy_rate",
@@ -304,12 +304,12 @@ def test_version_and_help() -> None:
     commands = re.findall(r"^  ([a-z]+)  +\S", out, re.M)
     assert commands == [
         "daemon", "attach", "ls", "show", "move", "jobs", "job", "pause", "resume", "cancel",
-        "cutover", "limit", "wait", "detach", "demo", "doctor",
+        "cutover", "limit", "wait", "detach", "demo", "doctor", "credential",
     ]  # fmt: skip
     for command in commands:
         code, out, _ = run(command, "--help")
         assert code == 0
-        assert "--socket" in out or command == "demo"
+        assert "--socket" in out or command in ("demo", "credential")
     code, out, error = run()
     assert (code, out) == (2, "")
     assert "Commands:" in error

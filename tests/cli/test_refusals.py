@@ -205,7 +205,7 @@ def test_an_unknown_job(served: Daemon) -> None:
 
 @pytest.mark.parametrize(
     "location",
-    ["smb://server/share/vm.raw", "nbd://host/vm", "nbds://host/vm", "nbd+unix:///vm?socket=/x"],
+    ["nbd://host/vm", "nbds://host/vm", "nbd+unix:///vm?socket=/x"],
 )
 def test_places_that_come_later(served: Daemon, location: str) -> None:
     assert location in refuse(served, "not-supported-yet", "move", "vm", location)
