@@ -16,6 +16,11 @@ from tests.e2e.guest import (
     read_records,
     replay_journal,
 )
+from tests.samba import Samba
+from tests.shares import leftovers, section
+from tests.smb_fixtures import make_samba
+
+__all__ = ["make_samba"]
 
 SIZE_BYTES = 192 << 20
 LIMIT = "8MiB"  # the guest's own data is a few MiB; the copy shall outlive all the kills
@@ -104,3 +109,41 @@ def test_a_power_cut_of_the_guest_loses_no_fsynced_record(
     replay_journal(target)
     check_file_system(target)
     check_records(guest, target)
+
+
+def test_a_guest_lives_on_a_share_through_the_death_of_its_server(
+    make_samba: Callable[..., Samba],
+    make_daemon: Callable[..., Daemon],
+    tmp_path: Path,
+    boot: Boot,
+) -> None:
+    samba = make_samba()
+    daemon = make_daemon(section(samba))
+    daemon.expect_log("disk process", "connection lost", "connected again")
+    daemon.start()
+    source, back = tmp_path / "vm.raw", tmp_path / "back.raw"
+    guest = boot(daemon, source)
+    job_id = daemon.move("vm", samba.url("vm.raw"), "--limit", LIMIT, "--cutover", "manual")
+    guest.wait_acked(20)
+    samba.kill_child()  # while it is copied
+    guest.wait_acked(20)
+    daemon.json("limit", "vm", "1GiB")
+    daemon.json("cutover", "vm")
+    daemon.wait("vm")
+    for _ in range(2):
+        guest.wait_acked(20)
+        samba.kill_all()
+        samba.start(rebooted=True)
+    guest.wait_acked(20)
+    daemon.kill_disk("vm")
+    guest.wait_acked(20)
+    daemon.move("vm", back)
+    daemon.wait("vm")
+    guest.wait_acked(20)
+    guest.power_off()
+
+    assert daemon.job(job_id)["verified"] is True
+    assert not source.exists()
+    assert leftovers(samba.folder()) == []
+    check_file_system(back)
+    check_records(guest, back)
