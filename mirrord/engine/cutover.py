@@ -150,7 +150,10 @@ class Cutover:
             return Event.ABORTED, f"something else took the target's name: {self._place.location}"
         except OSError as error:
             raise TargetError(error, "giving the target its name failed") from error
-        doubt = await self._place.confirm(self._job_id, self._tracker.target.identity)
+        try:
+            doubt = await self._place.confirm(self._job_id, self._tracker.target.identity)
+        except OSError as error:
+            raise TargetError(error, "looking at the target's name failed") from error
         return None if doubt is None else (Event.ABORTED, doubt)
 
     async def _quiesce(self) -> str | None:

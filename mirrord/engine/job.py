@@ -284,8 +284,12 @@ class Job:
         A failure is the door's to remember, and the tracker's to report: the job fails by it.
         """
         await self.disk.settle()
+        flush = asyncio.ensure_future(self.disk.flush())
         try:
-            await asyncio.shield(asyncio.ensure_future(self.disk.flush()))
+            await asyncio.shield(flush)
+        except asyncio.CancelledError:
+            self.around.adopt(outlive(flush))
+            raise
         except OSError as error:
             self._trouble(SourceError(error, "flush of the source failed"))
         else:

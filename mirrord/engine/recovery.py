@@ -13,8 +13,8 @@ before anything is believed; then:
     DONE               by COMMIT   nothing
     damaged            none        refuse to serve, touch nothing                       C23
 
-After a kill on the same boot the dirty bitmap says what may differ; after a power cut the intent
-map does; without a readable map everything is copied again.
+After a kill on the same boot the dirty bitmap says what may differ; after a power cut, and where
+a side is another machine, the intent map does; without a readable map everything is copied again.
 """
 
 from __future__ import annotations
@@ -267,10 +267,16 @@ async def _find_target(
             await target.close()
             raise
         return target, intent_map, bitmap, progress
-    await places.target.withdraw(request.job_id)
-    if stored is None:
-        await _write_whole(intent_map, store)
-    if not store.same_boot or stored is None:
+    try:
+        await places.target.withdraw(request.job_id)
+        if stored is None:
+            await _write_whole(intent_map, store)
+    except BaseException:
+        await target.close()
+        raise
+    # What the bitmap calls equal may be gone from a side that forgets by itself (rule R13).
+    forgotten = not store.same_boot or disk.backend.forgets or target.forgets
+    if forgotten or stored is None:
         _believe_intents(intent_map, bitmap, progress)
         store.vouch()
     return target, intent_map, bitmap, progress

@@ -100,6 +100,9 @@ class Backend(ABC):
     # Whether the guest depends on this side; the door sets it. A file may then hold the loop up
     # for a small write, which the guest waits for anyway; a share waits for its server.
     authoritative: bool = False
+    # Whether it may lose what was not flushed while this host goes on, as another machine does.
+    # This object sees to that while it lives; a process that comes later can't know of it.
+    forgets: bool = False
 
     @abstractmethod
     async def read(self, offset: int, length: int) -> Buffer:

@@ -37,16 +37,24 @@ import asyncio
 import errno
 import logging
 import os
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar, cast
 
 from xxhash import xxh3_64_intdigest
 
-from mirrord.core.geometry import KIB, MIB, Extent, split
-from mirrord.core.ranges import RangeLocks, Ticket
+from mirrord.core.geometry import KIB, MIB, Extent
 from mirrord.storage.backend import Backend, Buffer, UnreachableError
+from mirrord.storage.kept import (
+    SAMPLE_BYTES_MAX,
+    SAMPLES_MAX,
+    Change,
+    ChangeLocks,
+    Kept,
+    Samples,
+    apply,
+    touched,
+)
 from mirrord.storage.memory_pool import constant
 from mirrord.storage.remote import DeniedError, Door, LostError, RemoteFile
 
@@ -54,12 +62,8 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-SAMPLES_MAX: Final = 128  # of what was flushed: a quarter of a second to read back, at worst
-SAMPLE_BYTES_MAX: Final = 64 * KIB
 EDGE_BYTES: Final = 4 * KIB  # of both ends of the disk, for the first proof
 NEWER_MAX: Final = 256  # changes to look through; a busier disk learns at a calmer flush
-ZERO_PIECE_BYTES: Final = MIB
-_ZEROES = bytes(ZERO_PIECE_BYTES)
 RETRY_FIRST_S: Final = 0.05
 RETRY_MAX_S: Final = 5.0
 # A server that refuses the password is asked again this rarely: accounts get locked.
@@ -77,93 +81,10 @@ class SteadySettings:
     write_through: bool = False  # every write is durable before its answer, so nothing is kept
 
 
-class Change:
-    """A change of a range, which may be repeated. `data` None makes zeroes."""
-
-    __slots__ = ("data", "fua", "landed", "length", "offset", "punch")
-
-    def __init__(
-        self, offset: int, length: int, data: Buffer | None, *, fua: bool, punch: bool = True
-    ) -> None:
-        self.offset = offset
-        self.length = length
-        self.data = data
-        self.fua = fua
-        self.punch = punch
-        self.landed = False  # the replay has repeated it
-
-    @property
-    def cost(self) -> int:
-        return (0 if self.data is None else self.length) + 256
-
-
-class Kept:
-    """Acknowledged changes that no flush has covered, in order. Pure."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._changes: deque[Change] = deque()
-        self._dropped = 0  # how many left at the front since the beginning
-
-    def __len__(self) -> int:
-        return len(self._changes)
-
-    def __iter__(self) -> Iterator[Change]:
-        return iter(self._changes)
-
-    def add(self, change: Change) -> None:
-        """Keep an acknowledged change."""
-        self._changes.append(change)
-        self.bytes += change.cost
-
-    def mark(self) -> int:
-        """Return a mark behind everything that is kept now, before a flush begins."""
-        return self._dropped + len(self._changes)
-
-    def drop(self, mark: int) -> list[Change]:
-        """Forget what lies before the mark: it is durable. Return it, oldest first."""
-        gone = []
-        while self._dropped < mark and self._changes:
-            change = self._changes.popleft()
-            self.bytes -= change.cost
-            self._dropped += 1
-            gone.append(change)
-        return gone
-
-
-class Samples:
-    """Digests of ranges whose durable content is known: one in each 64 KiB, at most. Pure."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[int, int, int]] = {}  # unit -> offset, length, digest
-
-    def learn(self, offset: int, data: Buffer) -> None:
-        """Remember what is durable at a range, if it lies in one unit."""
-        unit = offset // SAMPLE_BYTES_MAX
-        if (offset + len(data) - 1) // SAMPLE_BYTES_MAX != unit:
-            return
-        self._known.pop(unit, None)
-        if len(self._known) >= SAMPLES_MAX:
-            del self._known[next(iter(self._known))]
-        self._known[unit] = offset, len(data), xxh3_64_intdigest(data)
-
-    def forget(self, offset: int, length: int) -> None:
-        """Know nothing of a range any more: it is being changed."""
-        first, last = offset // SAMPLE_BYTES_MAX, (offset + length - 1) // SAMPLE_BYTES_MAX
-        if last - first < SAMPLES_MAX:
-            for unit in range(first, last + 1):
-                self._known.pop(unit, None)
-        else:
-            for unit in [unit for unit in self._known if first <= unit <= last]:
-                del self._known[unit]
-
-    def all(self) -> list[tuple[int, int, int]]:
-        """Return (offset, length, digest) of each."""
-        return list(self._known.values())
-
-
 class SteadyBackend(Backend):
     """A backend over `RemoteFile`s, one after another."""
+
+    forgets = True
 
     def __init__(
         self,
@@ -191,10 +112,10 @@ class SteadyBackend(Backend):
         self._flying: dict[int, Change] = {}
         self._next = 0
         self._samples = Samples()
-        self._locks = RangeLocks()
-        self._waiting: dict[Ticket, asyncio.Future[None]] = {}
+        self._locks = ChangeLocks()
         self._up: list[asyncio.Future[None]] = []
-        self._unflushed = 0  # writes that ended since a flush began that ended well
+        self._written = 0  # grows when a target's write begins, and when it has ended
+        self._durable = 0  # what it was when a flush began that ended well
         self._suspect = False  # the target may have forgotten some of them
         self._relief: asyncio.Task[None] | None = None
         self._recovery: asyncio.Task[None] | None = None
@@ -202,6 +123,9 @@ class SteadyBackend(Backend):
         self._users = 0
         self._unused: asyncio.Future[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._closed = False
+        self._settled = read_only  # what was written before we came is durable, too
+        self._settling: asyncio.Task[None] | None = None
         self._denied: DeniedError | None = None
         self._authoritative = False
         self._learning: asyncio.Task[None] | None = None
@@ -216,22 +140,24 @@ class SteadyBackend(Backend):
     def authoritative(self, value: bool) -> None:
         self._authoritative = value
         if value and self._learning is None:
+            if not self._settled:
+                self._settling = self._loop.create_task(self._settle())
             self._learning = self._loop.create_task(self._learn_edges())
 
     # What guests and jobs ask.
 
     async def read(self, offset: int, length: int) -> Buffer:
-        return await self._steadily(lambda file: file.read(offset, length))
+        return await self._used(self._look(lambda file: file.read(offset, length)))
 
     async def read_stored(self, offset: int, length: int) -> Buffer:
-        return await self._steadily(lambda file: file.read(offset, length, stored=True))
+        return await self._used(self._look(lambda file: file.read(offset, length, stored=True)))
 
     async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         self._check_writable()
         data = constant(data)
         if len(data) <= 64 * KIB and type(data) is memoryview:
             data = bytes(data)  # it may be kept for long, and mustn't keep a whole receive alive
-        await self._change(Change(offset, len(data), data, fua=fua))
+        await self._used(self._change(Change(offset, len(data), data, fua=fua)))
 
     async def write_zeroes(
         self, offset: int, length: int, *, fua: bool = False, punch: bool = True, fast: bool = False
@@ -239,25 +165,16 @@ class SteadyBackend(Backend):
         self._check_writable()
         if fast and not self.capabilities.fast_zeroes:
             raise OSError(errno.ENOTSUP, "zeroes are not faster than writing here")
-        await self._change(Change(offset, length, None, fua=fua, punch=punch))
+        await self._used(self._change(Change(offset, length, None, fua=fua, punch=punch)))
 
     async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
         await self.write_zeroes(offset, length, fua=fua)
 
     async def flush(self) -> None:
-        if not self.authoritative:
-            await self._flush_target()
-            return
-        self._refuse_if_poisoned()
-        while True:
-            mark, life = self._kept.mark(), self._life
-            await self._steadily(lambda file: file.flush())
-            if life == self._life:
-                self._flushed(mark)
-                return
+        await self._used(self._flush_kept() if self.authoritative else self._flush_target())
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        return await self._steadily(lambda file: file.extents(offset, length))
+        return await self._used(self._look(lambda file: file.extents(offset, length)))
 
     def connected(self) -> RemoteFile:
         """Return the file that is open now. Raises LostError."""
@@ -284,9 +201,11 @@ class SteadyBackend(Backend):
         mine, other = self._file, self._file_of(source)
         if mine is None or other is None or self.authoritative:
             return False
-        done = await self._used(mine.copy_from(other, offset, length))
-        self._unflushed += done
-        return done
+        self._written += 1
+        try:
+            return await self._used(mine.copy_from(other, offset, length))
+        finally:
+            self._written += 1
 
     def _file_of(self, backend: Backend) -> RemoteFile | None:
         return backend._file if isinstance(backend, SteadyBackend) else None
@@ -305,15 +224,17 @@ class SteadyBackend(Backend):
 
     async def _learn_edges(self) -> None:
         """Read both ends of the disk, so that there is something to prove it by."""
+        if self._settling is not None:
+            await asyncio.wait((self._settling,))
         length = min(EDGE_BYTES, self.size)
         for offset in sorted({0, self.size - length}):
-            ticket = await self._lock(offset, length)
+            ticket = await self._locks.acquire(offset, length)
             try:
                 self._samples.learn(offset, await self.read(offset, length))
             except OSError as error:
                 log.info("no sample server=%s error=%s", self.door.where, error)
             finally:
-                self._unlock(ticket)
+                self._locks.release(ticket)
 
     async def close(self) -> None:
         if self._closing is None:
@@ -321,11 +242,13 @@ class SteadyBackend(Backend):
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        self._wake()
+        for task in (self._learning, self._settling):
+            if task is not None:
+                task.cancel()
         while self._users:
             self._unused = self._loop.create_future()
             await self._unused
-        for task in (self._learning, self._relief, self._recovery):
+        for task in (self._learning, self._settling, self._relief, self._recovery):
             if task is not None:
                 task.cancel()
                 await asyncio.wait((task,))
@@ -333,6 +256,7 @@ class SteadyBackend(Backend):
             log.info("closed unflushed server=%s bytes=%d", self.door.where, self._kept.bytes)
         file, self._file = self._file, None
         self._life += 1
+        self._closed = True
         await (file or self._former).close()
 
     def _wake(self) -> None:
@@ -348,7 +272,7 @@ class SteadyBackend(Backend):
         if not self.authoritative:
             await self._on_target(change)
             return
-        ticket = await self._lock(change.offset, change.length)
+        ticket = await self._locks.acquire(change.offset, change.length)
         number, self._next = self._next, self._next + 1
         self._flying[number] = change
         try:
@@ -356,29 +280,15 @@ class SteadyBackend(Backend):
                 await self._relieve()
             self._samples.forget(change.offset, change.length)
             await self._carry_out(change)
+        except BaseException as error:
+            # It may be there in part, now or as soon as somebody reads: not to be forgotten.
+            change.again = not isinstance(error, OSError) or isinstance(error, UnreachableError)
+            if change.sent and not change.landed:
+                self._kept.add(change)
+            raise
         finally:
             del self._flying[number]
-            self._unlock(ticket)
-
-    async def _lock(self, offset: int, length: int) -> Ticket:
-        ticket = self._locks.acquire(offset, offset + length)
-        if ticket.granted:
-            return ticket
-        waiting = self._waiting[ticket] = self._loop.create_future()
-        try:
-            await asyncio.shield(waiting)
-        except asyncio.CancelledError:
-            self._waiting.pop(ticket, None)
-            self._grant(self._locks.cancel(ticket))
-            raise
-        return ticket
-
-    def _unlock(self, ticket: Ticket) -> None:
-        self._grant(self._locks.release(ticket))
-
-    def _grant(self, tickets: list[Ticket]) -> None:
-        for ticket in tickets:
-            self._waiting.pop(ticket).set_result(None)
+            self._locks.release(ticket)
 
     async def _carry_out(self, change: Change) -> None:
         """Ask until it is done, or the time is over; then keep it."""
@@ -389,8 +299,9 @@ class SteadyBackend(Backend):
             if change.landed:  # by the replay, and flushed
                 return
             life = self._life
+            change.sent = True
             try:
-                await self._used(_apply(file, change, through=through))
+                await apply(file, change, through=through)
             except LostError as why:
                 self._lost(file, why)
                 continue
@@ -404,16 +315,25 @@ class SteadyBackend(Backend):
 
     async def _on_target(self, change: Change) -> None:
         file = self._file or await self._wait_up(self._loop.time() + self.settings.target_wait_s)
-        self._unflushed += 1  # it counts from its beginning, and once more when it has ended
+        self._written += 1
         try:
-            await self._used(_apply(file, change, through=change.fua))
+            await apply(file, change, through=change.fua)
         except LostError as why:
             self._lost(file, why)
             raise
         finally:
-            self._unflushed += 1
+            self._written += 1
 
     # Flushing.
+
+    async def _flush_kept(self) -> None:
+        self._refuse_if_poisoned()
+        while True:
+            mark, life = self._kept.mark(), self._life
+            await self._steadily(lambda file: file.flush())
+            if life == self._life:
+                self._flushed(mark)
+                return
 
     async def _flush_target(self) -> None:
         file = self._file or await self._wait_up(self._loop.time() + self.settings.target_wait_s)
@@ -424,16 +344,29 @@ class SteadyBackend(Backend):
                 f"the connection to {self.door.where} was lost since the last flush: the server "
                 "may have forgotten what was written",
             )
-        written = self._unflushed
+        written = self._written
         try:
-            await self._used(file.flush())
+            await file.flush()
         except LostError as why:
             self._lost(file, why)
             raise
-        self._unflushed -= written
+        self._durable = max(self._durable, written)
+        self._settled = True
+
+    async def _settle(self) -> None:
+        """Make durable what a process before this one wrote: nobody keeps that any more."""
+        while not self._settled:
+            try:
+                await self._flush_kept()
+            except UnreachableError as error:
+                log.warning("flush not possible server=%s error=%s", self.door.where, error)
+            except OSError as error:
+                self._poisoned = self._poisoned or error
+                self._settled = True
 
     def _flushed(self, mark: int) -> None:
         """A flush that began at the mark has ended well."""
+        self._settled = True
         gone = self._kept.drop(mark)
         if len(self._kept) + len(self._flying) > NEWER_MAX:
             return
@@ -447,9 +380,7 @@ class SteadyBackend(Backend):
 
     def _is_changing(self, change: Change) -> bool:
         """Tell whether something newer was written, or is being written, to the range."""
-        end = change.offset + change.length
-        newer = (*self._kept, *self._flying.values())
-        return any(c.offset < end and change.offset < c.offset + c.length for c in newer)
+        return touched((*self._kept, *self._flying.values()), change.offset, change.length)
 
     def _begin_relief(self) -> None:
         self._relief = self._loop.create_task(self._relieving())
@@ -457,7 +388,7 @@ class SteadyBackend(Backend):
     async def _relieving(self) -> None:
         """Flush, so that less has to be kept. A failure is remembered: the guest's next flush."""
         try:
-            await self.flush()
+            await self._flush_kept()
         except UnreachableError as error:
             log.warning("flush not possible server=%s error=%s", self.door.where, error)
         except OSError as error:
@@ -478,14 +409,29 @@ class SteadyBackend(Backend):
 
     # The connection.
 
-    async def _steadily(self, ask: Callable[[RemoteFile], Awaitable[T]]) -> T:
-        """Ask; while the guest depends on it, again and again until there is an answer."""
+    def _until_s(self) -> float:
         limit_s = self.settings.io_timeout_s if self.authoritative else self.settings.target_wait_s
-        until_s = self._loop.time() + limit_s
+        return self._loop.time() + limit_s
+
+    async def _look(self, ask: Callable[[RemoteFile], Awaitable[T]]) -> T:
+        """Ask for what a guest sees: not before it is sure to stay."""
+        until_s = self._until_s()
+        settling = self._settling
+        if settling is not None and not settling.done():
+            await asyncio.wait((settling,), timeout=self.settings.io_timeout_s)
+            if not settling.done():
+                raise self._unreachable()
+        return await self._steadily(ask, until_s)
+
+    async def _steadily(
+        self, ask: Callable[[RemoteFile], Awaitable[T]], until_s: float | None = None
+    ) -> T:
+        """Ask; while the guest depends on it, again and again until there is an answer."""
+        until_s = self._until_s() if until_s is None else until_s
         while True:
             file = self._file or await self._wait_up(until_s)
             try:
-                return await self._used(ask(file))
+                return await ask(file)
             except LostError as why:
                 self._lost(file, why)
                 if not self.authoritative:
@@ -496,7 +442,7 @@ class SteadyBackend(Backend):
         while self._file is None:
             if self.failed:  # ESTALE: no job need try this target again
                 raise OSError(errno.EIO if self.authoritative else errno.ESTALE, self.reason)
-            if self._closing is not None:
+            if self._closed:
                 raise OSError(errno.EBADF, "the disk is closed")
             if self._denied is not None and not self.authoritative and not self.door.changed():
                 raise OSError(self._denied.errno, self._denied.strerror)
@@ -506,12 +452,13 @@ class SteadyBackend(Backend):
             try:
                 await waiting
             except TimeoutError as error:
-                raise UnreachableError(
-                    f"{self.door.where} could not be reached in time: {self.reason}"
-                ) from error
+                raise self._unreachable() from error
             finally:
                 timer.cancel()
         return self._file
+
+    def _unreachable(self) -> UnreachableError:
+        return UnreachableError(f"{self.door.where} could not be reached in time: {self.reason}")
 
     def _lost(self, file: RemoteFile, why: LostError) -> None:
         """The connection of `file` is lost. Idempotent."""
@@ -521,10 +468,11 @@ class SteadyBackend(Backend):
         self._former = file
         self._life += 1
         self.reason = why.strerror
-        if self._unflushed and not self.authoritative:
+        if self._written > self._durable and not self.authoritative:
             self._suspect = True
         log.warning("connection lost server=%s error=%s", self.door.where, why.strerror)
-        if self._closing is None and (self._recovery is None or self._recovery.done()):
+        wanted = self._closing is None or self._users  # who had begun before `close` goes on
+        if wanted and (self._recovery is None or self._recovery.done()):
             self._recovery = self._loop.create_task(self._recover())
 
     async def _recover(self) -> None:
@@ -583,7 +531,7 @@ class SteadyBackend(Backend):
         if file.kept or not self.authoritative:
             return None
         for offset, length, digest in self._samples.all():
-            if any(_overlap(c, offset, length) for c in (*self._kept, *self._flying.values())):
+            if touched((*self._kept, *self._flying.values()), offset, length):
                 continue
             if xxh3_64_intdigest(await file.read(offset, length)) != digest:
                 return (
@@ -596,7 +544,8 @@ class SteadyBackend(Backend):
         """Repeat what a restarted server may have forgotten, then what was in flight."""
         mark, flying = self._kept.mark(), list(self._flying.values())
         for change in (*self._kept, *flying):
-            await _apply(file, change, through=False)
+            if change.again:
+                await apply(file, change, through=False)
         await file.flush()
         # no await below: what is repeated here is acknowledged by whoever waits
         for change in flying:
@@ -615,24 +564,6 @@ class SteadyBackend(Backend):
     def _check_writable(self) -> None:
         if self._read_only:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
-async def _apply(file: RemoteFile, change: Change, *, through: bool) -> None:
-    """Carry a change out."""
-    if change.data is not None:
-        await file.write(change.offset, change.data, through=through)
-        return
-    if change.punch and file.capabilities.punches_holes:
-        await file.zero(change.offset, change.length)
-    else:
-        for at, count in split(change.offset, change.length, ZERO_PIECE_BYTES):
-            await file.write(at, _ZEROES[:count] if count < ZERO_PIECE_BYTES else _ZEROES)
-    if through:
-        await file.flush()
-
-
-def _overlap(change: Change, offset: int, length: int) -> bool:
-    return change.offset < offset + length and offset < change.offset + change.length
 
 
 def _end_wait(waiting: asyncio.Future[None]) -> None:
