@@ -29,7 +29,7 @@ from smbprotocol.session import Session, SMB2SessionSetupRequest, SMB2SessionSet
 from mirrord.smb import wire
 from mirrord.smb.seal import Encrypted, Encryption, Seal, Signed, Signing, Unsealed
 from mirrord.smb.wire import Bytes
-from mirrord.storage.remote import DeniedError
+from mirrord.storage.remote import DeniedError, LostError
 from mirrord.storage.smb.line import Line, LineTransport
 from mirrord.storage.smb.trouble import Step, told
 
@@ -133,17 +133,17 @@ def connect(
         connection.connect(timeout=timeout_s)
         require(connection, security, server)
     except Exception as error:
-        why = _line_error(connection, error)
+        why = told(_line_error(connection, error, server), Step(server, "connecting"))
         hang_up(connection)
-        raise told(why, Step(server, "connecting")) from error
+        raise why from error
     return connection
 
 
-def _line_error(connection: Connection, error: Exception) -> Exception:
+def _line_error(connection: Connection, error: Exception, server: str) -> Exception:
     """Return why the line was lost, where smbprotocol knows only that it was."""
     line: Line | None = getattr(connection.transport, "line", None)
     if isinstance(error, SMBConnectionClosed) and line is not None and line.why is not None:
-        return OSError(line.why.errno, line.why.strerror)
+        return LostError(f"{server}: {line.why.strerror}")
     return error
 
 
@@ -190,7 +190,7 @@ def authenticate(
     try:
         session.connect()
     except Exception as error:
-        why = told(_line_error(connection, error), Step(server, "logging on"))
+        why = told(_line_error(connection, error, server), Step(server, "logging on"))
         raise why from _without_frames(error)
     finally:
         session.password = None
@@ -265,7 +265,7 @@ def bind(session: Session, connection: Connection, login: Login, server: str) ->
     try:
         return _bind(session, connection, login)
     except Exception as error:
-        why = told(_line_error(connection, error), Step(server, "logging on"))
+        why = told(_line_error(connection, error, server), Step(server, "logging on"))
         raise why from _without_frames(error)
 
 

@@ -65,6 +65,7 @@ class ShareFile(RemoteFile):
         self._maps = True  # until the server says that it has no map of holes
         self._no_copies = False
         self._clones = True  # until the server says that it can't
+        self._granted: set[str] = set()  # what this handle was allowed before
         self._closed = False
         session.when_broken(handle.guid.bytes, self._broken)
 
@@ -99,6 +100,7 @@ class ShareFile(RemoteFile):
     def _what_was_read(self, reply: Reply, length: int) -> Buffer:
         if reply.status != st.SUCCESS:
             raise self._failure(reply, "read")
+        self._granted.add("read")
         data = reply.payload
         if data is None:
             data = wire.read_reply(reply.message, length)
@@ -124,6 +126,7 @@ class ShareFile(RemoteFile):
     def _was_written(self, reply: Reply) -> None:
         if reply.status != st.SUCCESS:
             raise self._failure(reply, "write")
+        self._granted.add("write")
         count = wire.write_reply(reply.message)
         if count != reply.request.payload_bytes:
             raise OSError(EIO, f"the server wrote {count} bytes of a whole request")
@@ -158,6 +161,7 @@ class ShareFile(RemoteFile):
         reply = await self.session.ask(Request(wire.FLUSH, body, tree_id=self.tree.tree_id))
         if reply.status != st.SUCCESS:
             raise self._failure(reply, "flush")
+        self._granted.add("flush")
         wire.empty_reply(reply.message)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
@@ -283,11 +287,14 @@ class ShareFile(RemoteFile):
         reply = await self.session.ask(request)
         if reply.status != st.SUCCESS:
             raise self._failure(reply, doing)
+        self._granted.add(doing)
         return wire.ioctl_reply(reply.message, room)
 
     def _failure(self, reply: Reply, doing: str) -> OSError:
-        if reply.status in st.LOST:
+        denied = reply.status == st.ACCESS_DENIED and doing in self._granted
+        if reply.status in st.LOST or denied:
             # The server forgot the session or the handle: the connection is of no use any more.
+            # Or the request was changed on the way: that is how it answers a wrong signature.
             why = f"{self.session.server}: {doing}: {st.name_of(reply.status)}"
             self.session.abandon(why)
             return LostError(why)

@@ -32,7 +32,6 @@ from mirrord.storage.memory_pool import new_aligned, writable
 from mirrord.storage.remote import LostError
 
 JOIN_BYTES: Final = 64 * KIB  # up to this one copy beats many vectors
-GREETINGS_MAX: Final = 16  # messages that smbprotocol has not taken yet: it asks one at a time
 UNSENT_HIGH: Final = 256 * KIB  # no more is sealed while so much is unsent: small ones go first
 
 
@@ -102,9 +101,6 @@ class Line(asyncio.BufferedProtocol):
             self.greetings.put(message)
             self._greeted_s = None
         channel.greeting.clear()
-        if self.greetings.qsize() > GREETINGS_MAX:
-            self.lose("the server says more than it was asked")
-            return
         for reply in replies:
             self._answer(reply)
         if channel.breaks:

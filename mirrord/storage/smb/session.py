@@ -189,15 +189,18 @@ class ShareSession:
             path = rf"\\{self._seats[0].connection.server_name}\{share}" if self._seats else share
             made = TreeConnect(self._session if self._seats else None, path)
             try:
-                await self.control(made.connect)
+                await self.control(made.connect, require_secure_negotiate=False)
+                if made.encrypt_data and not self.encrypted:
+                    self._encrypt()
+                # sealed by the line; paths are the share's own
+                made.encrypt_data = made.is_dfs_share = False
+                # before 3.1.1: whether somebody changed the negotiation (3.2.5.5)
+                await self.control(made._verify_dialect_negotiate, doing="the share")
             except OSError as error:
                 cause = error.__cause__
                 if cause is not None and not isinstance(error, LostError):
                     raise told(cause, Step(self.server, "the share", share)) from cause
                 raise
-            if made.encrypt_data and not self.encrypted:
-                self._encrypt()
-            made.encrypt_data = made.is_dfs_share = False  # sealed below; paths are the share's own
             found = self._trees[share.casefold()] = Tree(made.tree_connect_id, made)
         return found
 
@@ -315,7 +318,7 @@ class ShareSession:
     def _line_lost(self, line: Line, why: LostError, left: list[Request]) -> None:
         gone = [seat for seat in self._seats if seat.line is line]
         self._seats = [seat for seat in self._seats if seat.line is not line]
-        if self._seats and gone:
+        if self._seats and gone and self.lost is None:
             self.sequence = (self.sequence + 1) & 0xFFFF
             for seat in self._seats:
                 seat.line.channel.sequence = self.sequence
@@ -372,7 +375,7 @@ class ShareSession:
 
     def abandon(self, why: str) -> None:
         """End every line: the server doesn't know this session, or something of it, any more."""
-        self._wanted = 0
+        self._lose(LostError(why))
         for seat in tuple(self._seats):
             seat.line.lose(why)
 
