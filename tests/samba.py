@@ -89,7 +89,7 @@ class Samba:
         self,
         *,
         signing: str = "mandatory",
-        encrypt: str = "desired",
+        encrypt: str = "if_required",
         min_protocol: str = "SMB3_00",
         max_protocol: str = "SMB3_11",
         multichannel: bool = True,
