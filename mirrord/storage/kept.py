@@ -6,8 +6,9 @@ Pure, but for `apply` and `ChangeLocks`, which wait. `steady` says what all this
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from xxhash import xxh3_64_intdigest
@@ -40,9 +41,44 @@ class Change:
         self.landed = False  # the replay has repeated it
         self.again = True  # a replay repeats it: not when the server has said no
 
+    def part(self, start: int, stop: int) -> Change:
+        """Return what it does to a range inside its own."""
+        if (start, stop) == (self.offset, self.offset + self.length):
+            return self
+        at = start - self.offset
+        data = None if self.data is None else memoryview(self.data)[at : at + stop - start]
+        return Change(start, stop - start, data, fua=self.fua, punch=self.punch)
+
     @property
     def cost(self) -> int:
         return (0 if self.data is None else self.length) + 256
+
+
+def latest(changes: Sequence[Change]) -> list[Change]:
+    """Cut away from each change what a later one covers, and leave out what is not to be repeated.
+
+    What is left doesn't overlap. To repeat the changes as they were would put old content over
+    newer, and if we died just then it would stay so.
+    """
+    left: list[Change] = []
+    starts: list[int] = []  # what later changes cover: disjoint ranges, in order
+    stops: list[int] = []
+    for change in reversed(changes):
+        if not change.again:
+            continue
+        at = start = change.offset
+        stop = end = change.offset + change.length
+        first, last = bisect_left(stops, start), bisect_right(starts, end)
+        for begin, finish in zip(starts[first:last], stops[first:last], strict=True):
+            if at < begin:
+                left.append(change.part(at, begin))
+            at = max(at, finish)
+        if at < end:
+            left.append(change.part(at, end))
+        if first < last:
+            start, stop = min(start, starts[first]), max(stop, stops[last - 1])
+        starts[first:last], stops[first:last] = [start], [stop]
+    return left
 
 
 class Kept:

@@ -9,7 +9,7 @@ whoever flushes then knows that those writes may be gone.
 
 *The authority.* Its requests wait up to `io_timeout_s` for the connection. Every acknowledged
 write is kept in memory until a flush that began after it has ended well; when the file is open
-again, what is kept is written again in its order, then what was in flight, then all is flushed,
+again, the newest of what is kept and of what was in flight is written again, then all is flushed,
 and only then do requests go on. So a server's restart loses nothing, and no read sees a write
 vanish that an earlier one saw: neither an acknowledged one nor one that was in flight.
 
@@ -53,6 +53,7 @@ from mirrord.storage.kept import (
     Kept,
     Samples,
     apply,
+    latest,
     touched,
 )
 from mirrord.storage.memory_pool import constant
@@ -543,9 +544,8 @@ class SteadyBackend(Backend):
     async def _replay(self, file: RemoteFile) -> None:
         """Repeat what a restarted server may have forgotten, then what was in flight."""
         mark, flying = self._kept.mark(), list(self._flying.values())
-        for change in (*self._kept, *flying):
-            if change.again:
-                await apply(file, change, through=False)
+        for change in latest((*self._kept, *flying)):
+            await apply(file, change, through=False)
         await file.flush()
         # no await below: what is repeated here is acknowledged by whoever waits
         for change in flying:
