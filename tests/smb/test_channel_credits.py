@@ -136,12 +136,21 @@ def test_too_few_credits_refuse_all_large_requests_and_small_ones_go_on() -> Non
     channel.submit(read())
     (small,) = pump(channel)
     assert small.command == wire.READ
-    reply(channel, small, credits=2)
-    channel.submit(bulk[0])  # who tries it once more is asked for once more
-    (echo,) = pump(channel)
-    assert echo.command == wire.ECHO
-    reply(channel, echo, credits=3)
-    assert [one.charge for one in pump(channel)] == [4]
+    reply(channel, small)
+
+
+def test_who_tries_a_large_request_once_more_is_asked_for_once_more() -> None:
+    channel = started(credits=1)
+    bulk = read(4 * wire.CREDIT_BYTES)
+    for credits in (1, 1, 4):
+        channel.submit(bulk)
+        (echo,) = pump(channel)
+        assert echo.command == wire.ECHO
+        reply(channel, echo, credits)
+        asked = pump(channel)
+        assert channel.refused == ([bulk] if credits == 1 else [])
+        channel.refused.clear()
+    assert [one.charge for one in asked] == [4]
 
 
 def test_a_large_request_among_many_small_ones_is_sent_or_refused_in_the_end() -> None:

@@ -206,20 +206,26 @@ def test_a_long_read_that_lies_is_no_payload(body: bytes) -> None:
 def test_long_answers_to_other_things_are_taken_as_a_whole() -> None:
     channel = started(piece_bytes=PIECE)
     channel.submit(write(b"x"))
-    channel.control(control(wire.READ, message_id=900))
+    channel.control(control(wire.READ, message_id=900, charge=5))
     channel.submit(read(LONG))
     channel.submit(read(LONG))
     channel.pump(0)
-    late = answer(wire.READ, 3, read_body(pattern(LONG)), status=status.BUFFER_OVERFLOW)
-    parts = compound(answer(wire.READ, 8, read_body(pattern(LONG))), answer(wire.ECHO, 1 << 60))
+    late = answer(wire.READ, 7, read_body(pattern(LONG)), status=status.BUFFER_OVERFLOW)
+    parts = compound(answer(wire.READ, 12, read_body(pattern(LONG))), answer(wire.ECHO, 1 << 60))
     ours = answer(wire.READ, 1, read_body(pattern(LONG)))
-    longest = answer(wire.WRITE, 2, write_body(1) + bytes(LONG))
+    longest = answer(wire.WRITE, 6, write_body(1) + bytes(LONG))
     first, second, third = feed(channel, framed(longest, ours, late))
     assert [one.payload for one in (first, second, third)] == [None] * 3
-    assert second.message == answer(wire.READ, 900, read_body(pattern(LONG)))
+    assert second.message == answer(wire.READ, 900, read_body(pattern(LONG)), credits=5)
     assert third.status == status.BUFFER_OVERFLOW
     with pytest.raises(ProtocolError, match="no request"):
         feed(channel, framed(b"".join(parts)))
+
+
+def test_a_long_read_that_says_it_is_a_compound_is_one() -> None:
+    channel, _ = asking()
+    with pytest.raises(ProtocolError, match="not an SMB 2 message"):
+        feed(channel, framed(answer(wire.READ, 1, read_body(pattern(LONG)), following=88)))
 
 
 @SPLITTING

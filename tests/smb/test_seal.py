@@ -196,6 +196,7 @@ def test_a_lease_break_comes_in_plain_or_encrypted(kind: Kind) -> None:
     ("at", "value", "says"),
     [
         (36, (81).to_bytes(4, "little"), "were encrypted"),
+        (36, (79).to_bytes(4, "little"), "were encrypted"),
         (42, b"\0\0", "another session"),
         (42, b"\3\0", "another session"),
         (44, bytes(8), "another session"),
