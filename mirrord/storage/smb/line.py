@@ -30,8 +30,10 @@ from mirrord.smb.seal import Seal
 from mirrord.storage.backend import Buffer
 from mirrord.storage.memory_pool import new_aligned, writable
 from mirrord.storage.remote import LostError
+from mirrord.storage.smb.work import from_thread
 
 JOIN_BYTES: Final = 64 * KIB  # up to this one copy beats many vectors
+LOOP_S: Final = 30.0  # that the loop may be busy with other things
 UNSENT_HIGH: Final = 256 * KIB  # no more is sealed while so much is unsent: small ones go first
 
 
@@ -304,12 +306,13 @@ class LineTransport:
         """Connect. Raises `OSError`."""
         line = self._line_maker()
         self._loop = line._loop
-        connecting = self._loop.create_connection(lambda: line, *self._address)
-        waited = asyncio.run_coroutine_threadsafe(
-            asyncio.wait_for(connecting, self._timeout_s), self._loop
-        )
+
+        async def connect() -> None:
+            async with asyncio.timeout(self._timeout_s):
+                await self._loop.create_connection(lambda: line, *self._address)
+
         try:
-            waited.result()
+            from_thread(self._loop, connect, self._timeout_s + LOOP_S)
         except TimeoutError as error:
             why = f"no connection within {self._timeout_s:g} s"
             raise TimeoutError(errno.ETIMEDOUT, why) from error

@@ -36,9 +36,9 @@ from mirrord.storage.smb import control, dial
 from mirrord.storage.smb.control import Handle
 from mirrord.storage.smb.dial import DIALECTS, Login, Seat, Security
 from mirrord.storage.smb.file import ShareFile
-from mirrord.storage.smb.line import Line, LineSettings, fail
+from mirrord.storage.smb.line import LOOP_S, Line, LineSettings, fail
 from mirrord.storage.smb.trouble import Step, told
-from mirrord.storage.smb.work import in_thread, to_the_end
+from mirrord.storage.smb.work import from_thread, in_thread, to_the_end
 
 T = TypeVar("T")
 
@@ -247,7 +247,7 @@ class ShareSession:
         async def make() -> Line:
             return Line(self.settings.line, on_lost=self._line_lost, on_break=self._broken)
 
-        return asyncio.run_coroutine_threadsafe(make(), self._loop).result()
+        return from_thread(self._loop, make, LOOP_S)
 
     def _sit(self, connection: Connection, signing_key: bytes) -> Seat:
         """Take a connection over from smbprotocol."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import errno
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeVar
@@ -41,6 +43,30 @@ async def in_thread(work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
     threading.Thread(target=run, name="smb", daemon=True).start()
     return await done
+
+
+def from_thread(
+    loop: asyncio.AbstractEventLoop, make: Callable[[], Coroutine[Any, Any, T]], limit_s: float
+) -> T:
+    """Do work on the loop, from a thread, which waits. Raises OSError when the loop has ended."""
+    answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def begin() -> None:
+        _keep(loop.create_task(make())).add_done_callback(settle)
+
+    def settle(task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            answer.set_exception(OSError(errno.ECANCELED, "cancelled"))
+        elif (error := task.exception()) is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(task.result())
+
+    try:
+        loop.call_soon_threadsafe(begin)
+    except RuntimeError as error:
+        raise OSError(errno.ECANCELED, "this process is ending") from error
+    return answer.result(limit_s)
 
 
 async def to_the_end(
