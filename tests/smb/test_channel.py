@@ -188,6 +188,16 @@ def test_a_compound_that_leads_nowhere_is_refused(following: int) -> None:
         feed(channel, framed(answer(wire.READ, 1, read_body(b"later" * 20), following=following)))
 
 
+def test_a_part_of_a_compound_that_is_shorter_than_a_header_is_refused() -> None:
+    channel = started()
+    channel.submit(read(5))
+    channel.pump(0)
+    inner = answer(wire.READ, 1, read_body(b"later"))
+    outer = answer(wire.READ, 1, b"", following=48)[:48]
+    with pytest.raises(ProtocolError, match="48 bytes has no header"):
+        feed(channel, framed(outer + inner))
+
+
 @pytest.mark.parametrize(
     "reply",
     [
