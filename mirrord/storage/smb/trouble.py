@@ -58,7 +58,7 @@ def told(error: BaseException, step: Step) -> OSError:
         return DeniedError(error.errno or errno.EACCES, error.code, error.strerror or error.code)
     if isinstance(error, SMBResponseException):
         return _answered(error.status, step)
-    if isinstance(error, SMBAuthenticationError):
+    if isinstance(error, SMBAuthenticationError) or _is_kerberos(error):
         return DeniedError(
             errno.EACCES,
             "credential-refused",
@@ -78,9 +78,14 @@ def told(error: BaseException, step: Step) -> OSError:
     return LostError(f"{step.server}: {step.doing} failed ({type(error).__name__}: {error})")
 
 
-def _why(error: SMBAuthenticationError) -> str:
+def _is_kerberos(error: BaseException) -> bool:
+    """Tell whether a library of smbprotocol's, which need not be there, refused the credential."""
+    return type(error).__module__.partition(".")[0] in ("krb5", "gssapi", "spnego")
+
+
+def _why(error: BaseException) -> str:
     """Name the kind of trouble, by its class alone."""
-    cause = error.__cause__
+    cause = error.__cause__ if isinstance(error, SMBAuthenticationError) else error
     return type(cause).__name__ if cause is not None else "no mechanism that both sides have"
 
 
