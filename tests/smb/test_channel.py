@@ -84,6 +84,15 @@ def test_a_greeting_of_several_credits_uses_up_as_many_ids() -> None:
     with pytest.raises(ProtocolError, match="0 credits in all"):
         channel.pump(0)
 
+    channel = Channel()
+    channel.greet(control(wire.SESSION_SETUP, message_id=4, charge=3))
+    channel.outgoing.clear()
+    feed(channel, framed(answer(wire.SESSION_SETUP, 4, credits=9)))
+    channel.start(seal_of(None), SESSION, piece_bytes=1 << 20, multi_credit=True)
+    channel.submit(read())
+    channel.pump(0)
+    assert [asked.message_id for asked in said(channel)] == [7]
+
 
 def test_before_authentication_a_server_is_short() -> None:
     channel = Channel()
