@@ -2,7 +2,8 @@
 
 The way out where the fast path meets a server that it doesn't get on with, and what its tests
 compare it with. Everything runs in threads, one request at a time: some 2,000 a second. One
-connection, no durable handles, descriptors below 1,024 (smbprotocol waits with select).
+connection, no durable handles, descriptors below 1,024 (smbprotocol waits with select), and only
+servers that can be trusted: what they say of a message's length, up to 4 GiB, is believed.
 """
 
 from __future__ import annotations
