@@ -153,9 +153,10 @@ class TestChecking:
             place = folder.place(name)
             await place.check_target(source, needed=SIZE)
             assert place.location.endswith(f"/{folder.name}/to/disk.raw")
+        source.name = "kept-in-the-root.raw"
         place = folder.client.place("")
         await place.check_target(source, needed=SIZE)
-        assert place.location.endswith("/disks/disk.raw")
+        assert place.location.endswith("/disks/kept-in-the-root.raw")
 
     async def test_a_name_that_no_share_takes(self, folder: Folder, source: Backend) -> None:
         source.name = "a:b"
