@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,7 +37,13 @@ class Site:
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
     """Start all of it once: every test leaves it as it was."""
+    with contextlib.ExitStack() as ends:
+        yield from _site(ends)
+
+
+def _site(ends: contextlib.ExitStack) -> Iterator[Site]:
     samba = Samba()
+    ends.callback(samba.close)
     for name in ("locked", "read-only", "forbidden", "elsewhere"):
         samba.shares[name] = samba.root / name
         samba.shares[name].mkdir()
@@ -46,8 +53,10 @@ def site() -> Iterator[Site]:
     })  # fmt: skip
     samba.start()
     weak = Samba(encrypt="off", max_protocol="SMB2_10", min_protocol="SMB2_10")
+    ends.callback(weak.close)
     weak.start()
     (held,) = reserve_port(["127.0.0.1"])
+    ends.callback(held.close)
     closed = int(held.getsockname()[1])
     wrong = samba.root / "wrong"
     wrong.write_text("not the password")
@@ -66,6 +75,7 @@ def site() -> Iterator[Site]:
         ]
     )
     daemon = Daemon(config)
+    ends.callback(daemon.close)
     daemon.expect_log("disk refused", " refused disk=", "unreachable disk=")
     (daemon.root / "disks").mkdir()
     (daemon.root / "disks" / "vm.raw").write_bytes(b"v" * 4 * MIB)
@@ -73,10 +83,6 @@ def site() -> Iterator[Site]:
     daemon.attach("vm", daemon.root / "disks" / "vm.raw")
     yield Site(daemon, samba, weak, closed)
     assert not daemon.unannounced()
-    daemon.close()
-    samba.close()
-    weak.close()
-    held.close()
 
 
 Where = Callable[[Site], str]

@@ -6,6 +6,7 @@ disk process, export, and a server that is a real one.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,16 +53,14 @@ class Site:
 @pytest.fixture(scope="module")
 def servers() -> Iterator[tuple[Samba, Samba]]:
     """Start two servers, the first with two shares, the second for an ordinary client's eyes."""
-    first = Samba(shares=None)
-    first.shares["tapes"] = first.root / "tapes"
-    first.shares["tapes"].mkdir()
-    first.reconfigure()
-    second = Samba()
-    try:
+    with contextlib.ExitStack() as ends:
+        first, second = Samba(), Samba()
+        ends.callback(first.close)
+        ends.callback(second.close)
+        first.shares["tapes"] = first.root / "tapes"
+        first.shares["tapes"].mkdir()
+        first.reconfigure()
         yield first.start(), second.start()
-    finally:
-        first.close()
-        second.close()
 
 
 @pytest.fixture
