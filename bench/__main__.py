@@ -9,12 +9,14 @@ Results are printed as a table and kept in `bench/results/SCENARIO.json`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +24,6 @@ from bench import scenarios, smb
 from bench.servers import MissingPeerError, run
 
 ALL = {**scenarios.ALL, **smb.ALL}
-MEMORY = Path("/dev/shm")
 RESULTS = Path(__file__).parent / "results"
 BUSY_LOAD = 0.5  # of the cores: above it the figures are said to be from a busy machine
 
@@ -33,22 +34,39 @@ def main() -> int:
     parser.add_argument("scenario", nargs="*", metavar="SCENARIO")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--folder", type=Path, help="where the disks lie (default: /tmp; of smb-*: /dev/shm)"
+        "--folder", type=Path, help="where the disks lie (default: /tmp; of smb-*: memory)"
     )
     asked = parser.parse_args()
     unknown = [name for name in asked.scenario if name not in ALL]
     if unknown:
         parser.error(f"no scenario {unknown[0]!r}; there are {', '.join(ALL)}")
     for name in asked.scenario or ALL:
-        where = asked.folder or (MEMORY if ALL[name].in_memory and MEMORY.is_dir() else None)
-        with tempfile.TemporaryDirectory(prefix="mb-", dir=where) as folder:
+        with _folder(asked.folder, in_memory=ALL[name].in_memory) as folder:
             space = os.statvfs(folder)
             if space.f_bavail * space.f_frsize < scenarios.SPACE_BYTES:
                 need = scenarios.SPACE_BYTES >> 30
                 print(f"{folder} has less than the {need} GiB that are needed", file=sys.stderr)
                 return 2
-            report(name, ALL[name], Path(folder), ALL[name].rounds or asked.rounds)
+            report(name, ALL[name], folder, ALL[name].rounds or asked.rounds)
     return 0
+
+
+@contextlib.contextmanager
+def _folder(asked: Path | None, *, in_memory: bool) -> Iterator[Path]:
+    """A folder that is gone afterwards, in memory if that is wanted and root says so.
+
+    Of huge pages: in small ones a tmpfs takes 30 ms a GiB to find the next hole, which no file
+    system of a real server does.
+    """
+    with tempfile.TemporaryDirectory(prefix="mb-", dir=asked) as folder:
+        mount = ("mount", "-t", "tmpfs", "-o", "huge=always,mode=755", "none", folder)
+        mounted = in_memory and asked is None and os.geteuid() == 0
+        mounted = mounted and subprocess.run(mount, check=False).returncode == 0
+        try:
+            yield Path(folder)
+        finally:
+            if mounted:
+                subprocess.run(("umount", "--lazy", folder), check=True)
 
 
 def report(name: str, scenario: scenarios.Scenario, folder: Path, rounds: int) -> None:

@@ -40,7 +40,7 @@ class Scenario:
     title: str
     unit: str
     peers: dict[str, Measure]
-    in_memory: bool = False  # on a tmpfs, if there is one, unless a folder is asked for
+    in_memory: bool = False  # unless a folder is asked for
     rounds: int | None = None  # else as many as are asked for
 
 

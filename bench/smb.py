@@ -1,8 +1,8 @@
 """Scenarios on an SMB share: a private smbd on loopback, as the tests have it.
 
 Signing is mandatory on every row; encryption is off but where a row says "encrypted", which is
-how mirrord is by default. The share's folder lies beside the other disks, on a tmpfs if there is
-one: what is measured is the protocol and both ends, not a disk.
+how mirrord is by default. The share's folder lies beside the other disks, in memory where that
+can be had: what is measured is the protocol and both ends, not a disk.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ MOVE_RATE, PAUSE_RATE, CALM_RATE = 3000, 500, 500  # requests a second
 CALM_S = 5
 QUIET_S = 0.5  # after a start, before what counts
 LOOK_S = 0.05
+MOVE_S = 120
 
 
 @contextlib.contextmanager
@@ -137,11 +138,13 @@ def _guest(where: str) -> Measure:
 def _move(client: Client, name: str, target: str) -> Job:
     """Move a disk and return the job at its end, looking rarely: that costs the daemon time."""
     job = client.move(name, MoveRequest(target, verify="full"))
-    while not job.ended_already:
+    give_up_s = time.monotonic() + MOVE_S
+    while not job.ended_already and time.monotonic() < give_up_s:
         time.sleep(LOOK_S)
         job = client.job(job.id)
     if job.phase != "done":
-        raise RuntimeError(f"the move ended as {job.phase}: {job.reason}")
+        story = "\n".join(f"{step.time} {step.phase}: {step.text}" for step in job.story)
+        raise RuntimeError(f"the move is {job.phase} after {MOVE_S} s:\n{story}")
     return job
 
 
