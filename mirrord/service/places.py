@@ -56,13 +56,13 @@ def check_location(location: str) -> str:
     """
     if not location:
         raise UsageError("the location is empty; give a path such as /disks/vm.raw")
+    if location.lower().startswith("smb:"):  # it knows which part must not be repeated
+        return str(parse_location(location))
     if any(ord(c) < 32 or ord(c) == 127 for c in location):
         raise UsageError(f"{location!r} has control characters, which no location may have")
     scheme = _SCHEME.match(location)
     if scheme is not None:
         name = (scheme[1] or scheme[2]).lower()
-        if name == "smb":
-            return str(parse_location(location))
         kind = _LATER.get(name)
         if kind is not None:
             raise RefusedError(
