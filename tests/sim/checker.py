@@ -51,6 +51,7 @@ class Checker:
         self.shaky = False  # a flush of the authority failed: its cache may fall back
         self.failed_at = -1  # when that was
         self.cut_at = -1  # the last power cut
+        self._proven: set[int] = set()  # blocks that were read since the last crash
 
     def begin_write(self, offset: int, data: bytes) -> list[tuple[int, Value]]:
         tick = self.world.tick()
@@ -136,6 +137,7 @@ class Checker:
 
     def _observe(self, block: int, content: bytes, tick: int) -> None:
         """A read that began at `tick` returned `content`: what had ended before is decided."""
+        self._proven.add(block)
         now = self.now[block]
         if len(now) > 1:
             self.now[block] = [v for v in now if v.data == content or v.end > tick]
@@ -150,10 +152,20 @@ class Checker:
             value.end = tick
         self.in_flight.clear()
         self._reads.clear()
+        self._proven.clear()
         if power:
-            self.now = [list(values) for values in self.stable]
+            self.lose()
             self.cut_at = tick
             self.shaky = False
+
+    def lose(self) -> None:
+        """Storage forgot what was not flushed and nobody keeps; what was read since stays."""
+        for block, values in enumerate(self.stable):
+            if block not in self._proven:
+                self.now[block] = list(values)
+        for _, first, allowed in self._reads.values():
+            for index, values in enumerate(allowed):
+                values += (v for v in self.now[first + index] if v not in values)
 
     def check(self, content: bytes, what: str) -> str | None:
         """Return what is wrong with the content of the authority, at rest."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from mirrord.core.geometry import Extent, Status, merge
 from mirrord.storage.backend import Backend, Buffer, Capabilities, Identity
+from tests.sim.loop import elapse
 from tests.sim.world import World
 
 BLOCK = 8  # bytes that are written or lost as one: a sector, in small
@@ -247,6 +248,10 @@ class SimBackend(Backend):
         except OSError:
             self.world.loop.call_soon(file.told)  # once the caller has acted on it
             raise
+        for _ in range(20):  # whoever hears of a failure acts before another hears of a success
+            if file.unseen_in != self.world.life:
+                break
+            await elapse(0)
         if 0 < file.unseen_in < self.world.life:  # Linux tells the next one who opens the file
             file.unseen_in = 0
             raise OSError(errno.EIO, "a flush had failed before this process began")

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from mirrord.core.geometry import Extent, Status
 from mirrord.frontends.door import carry_on
+from mirrord.storage.backend import UnreachableError
 from tests.sim.checker import Checker
 from tests.sim.disk import BLOCK
 from tests.sim.loop import close, elapse
@@ -56,8 +57,9 @@ class Guest:
         depth: int,
         think_s: float,
         hot: float,
+        late: bool = False,
         slow: Callable[[float], None],
-        failed: Callable[[str, OSError], None],
+        failed: Callable[[str, OSError, float], None],
     ) -> None:
         self.world = world
         self.checker = checker
@@ -66,8 +68,9 @@ class Guest:
         self.depth = depth
         self.think_s = think_s
         self.hot = hot  # share of the requests that go to the first blocks
+        self.late = late  # waits for the end of the job
         self.slow = slow  # told how long each request took, in seconds
-        self.failed = failed  # told of each request that failed
+        self.failed = failed  # told of each request that failed, and how long that took
 
     async def run(self, door: Door) -> None:
         """Send the requests that are left."""
@@ -128,12 +131,13 @@ class Guest:
         self, request: Coroutine[Any, Any, None], offset: int, data: bytes, fua: bool
     ) -> None:
         world = self.world
+        began_s = world.loop.time()
         values = self.checker.begin_write(offset, data)
         world.tell("guest >", request.__name__, offset, len(data), data[:BLOCK].hex(), "FUA" * fua)
         try:
             await eager(request)
         except OSError as error:
-            self._failed(error, f"{request.__name__} {offset}+{len(data)}")
+            self._failed(error, f"{request.__name__} {offset}+{len(data)}", began_s)
             if not world.dead:
                 self.checker.fail_write(values)
         else:
@@ -142,13 +146,15 @@ class Guest:
                 self.checker.end_write(values, fua=fua)
 
     async def _flush(self, door: Door) -> None:
+        began_s = self.world.loop.time()
         flush = self.checker.begin_flush()
         self.world.tell("guest > flush")
         try:
             await eager(door.flush())
         except OSError as error:
-            self._failed(error, "flush")
-            if not self.world.dead:
+            self._failed(error, "flush", began_s)
+            # A storage that was not reached lost nothing.
+            if not self.world.dead and not isinstance(error, UnreachableError):
                 self.checker.flush_failed()
         else:
             if not self.world.dead:
@@ -156,11 +162,12 @@ class Guest:
                 self.checker.end_flush(flush)
 
     async def _read(self, door: Door, offset: int, length: int) -> None:
+        began_s = self.world.loop.time()
         read = self.checker.begin_read(offset, length)
         try:
             data = await eager(door.read(offset, length))
         except OSError as error:
-            self._failed(error, "read")
+            self._failed(error, "read", began_s)
             self.checker.end_read(read, None)
         else:
             if not self.world.dead:
@@ -168,11 +175,12 @@ class Guest:
 
     async def _extents(self, door: Door, offset: int, length: int) -> None:
         """Ask for both kinds of block status."""
+        began_s = self.world.loop.time()
         read = self.checker.begin_read(offset, length)
         try:
             found = await eager(door.extents(offset, length))
         except OSError as error:
-            self._failed(error, "extents")
+            self._failed(error, "extents", began_s)
             self.checker.end_read(read, None)
         else:
             if self.world.dead:
@@ -184,10 +192,10 @@ class Guest:
             if not dirty or dirty[0].offset != offset or dirty[-1].end > stop:
                 self.world.violate(f"dirty extents of {offset}+{length} are {dirty}")
 
-    def _failed(self, error: OSError, doing: str) -> None:
+    def _failed(self, error: OSError, doing: str, began_s: float) -> None:
         if not self.world.dead:
             self.world.tell("guest < error", doing, error)
-            self.failed(doing, error)
+            self.failed(doing, error, self.world.loop.time() - began_s)
 
 
 async def eager(request: Coroutine[Any, Any, Any]) -> Any:

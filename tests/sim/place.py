@@ -57,8 +57,7 @@ class SimPlace(Place):
         if self.device:
             return self._open(self.directory.names[self.name])
         name = self.part(job_id)
-        content = bytes(source.size)
-        file = SimFile(self.world, self.world.tick(), source.size, content)
+        file = self._new_file(source.size)
 
         def make() -> None:
             if name not in self.directory.names:
@@ -183,7 +182,10 @@ class SimPlace(Place):
             return False
         return (file.inode, file.size) == (identity.inode, identity.size)
 
-    def _open(self, file: SimFile) -> SimBackend:
+    def _new_file(self, size: int) -> SimFile:
+        return SimFile(self.world, self.world.tick(), size)
+
+    def _open(self, file: SimFile) -> Backend:
         if file.open_in:
             raise RefusedError("in-use", f"{self.location} is open already")
         return SimBackend(self.world, file, self.who, self.capabilities)

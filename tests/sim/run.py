@@ -14,8 +14,9 @@ import random
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from mirrord.core.journal import Authority, Kind, Outcome, State, fold, parse
+from mirrord.core.journal import Authority, Outcome, State, fold, parse
 from mirrord.core.migration import Phase
 from mirrord.engine.disk import Disk
 from mirrord.engine.job import Job
@@ -28,9 +29,11 @@ from tests.sim.disk import SimDirectory, SimFile
 from tests.sim.guest import Guest
 from tests.sim.loop import DeadlockError, HaltedError, LivelockError, SimLoop, elapse
 from tests.sim.place import SimPlace
+from tests.sim.remote import INODES, Loss, ServedDirectory, ServedFile, SimServer, SimShare
 from tests.sim.scenario import CALM_S, Scenario, draw
 from tests.sim.shrink import shrunk, watched
 from tests.sim.store import SimFiles, SimStore
+from tests.sim.verdict import complain, complain_of_delay, has_given_up, verdict
 from tests.sim.world import REBOOT_S, World
 
 JOB_ID = "job"
@@ -38,8 +41,6 @@ LIFE_MAX_S = 400.0  # of virtual time; by then the operator has cancelled whatev
 CANCEL_S = 150.0  # a job that hasn't ended by itself by then is cancelled, and the run has failed
 PATIENCE_S = 2.0  # how long the operator leaves a paused or held job alone when nothing is broken
 LATE_S = 20.0  # twice the longest hang
-# What a guest may have to wait: the target's budget, the gate, the slowest disk, and some room.
-LATENCY_MAX_S = 1.5
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,12 @@ class Machine:
         self.world = world = World(rng, keep_story=keep_story)
         world.eager, world.slow = scenario.eager, scenario.slow
         world.faults = scenario.faults
-        self.source_names, self.target_names = SimDirectory(world), SimDirectory(world)
-        source = SimFile(world, 1, scenario.size, scenario.content)
+        self._make_servers()
+        self.source_names, self.target_names = self._names("source"), self._names("target")
+        if (server := self.servers.get("source")) is None:
+            source = SimFile(world, 1, scenario.size, scenario.content)
+        else:
+            source = ServedFile(server, 1, scenario.size, scenario.content)
         self.source_names.names["disk"] = source
         self.source_names.sync()
         if scenario.target_device:
@@ -105,6 +110,10 @@ class Machine:
         world.flush_failed = self._flush_failed
         self.files = SimFiles(world, JOB_ID, dirty_bytes_for(scenario.size))
         self.checker = Checker(world, scenario.content)
+        complaints: dict[str, Any] = {
+            "slow": lambda took_s: complain_of_delay(self, took_s),
+            "failed": lambda *what: complain(self, *what),
+        }
         self.guests = [
             Guest(
                 world,
@@ -114,23 +123,38 @@ class Machine:
                 depth=load.depth,
                 think_s=load.think_s,
                 hot=load.hot,
-                slow=self.slow,
-                failed=self.guest_failed,
+                late=load.late,
+                **complaints,
             )
             for number, load in enumerate(scenario.loads)
         ]
         self.reader = Guest(
-            world, self.checker, rng, requests=0, depth=0, think_s=0, hot=0,
-            slow=self.slow, failed=self.guest_failed,
+            world, self.checker, rng, requests=0, depth=0, think_s=0, hot=0, **complaints,
         )  # fmt: skip
         self.location = "source"  # what the registry says; durable at once, by an atomic rename
         self.ended: Phase | None = None
         self.replaced: SimFile | None = None  # somebody else's file under the source's name
         self.kept: str | None = None  # why the source was not deleted
+        self.tampered: list[ServedFile] = []  # files that are not to be served any more
         self.cancelled = False
         self.phases: set[str] = set()
         self._boots = world.boots
         self.commands = list(scenario.commands)
+
+    def _make_servers(self) -> None:
+        scenario = self.scenario
+        made = {
+            name: SimServer(self.world, losses, scenario.steady, self._server_lost)
+            for name, losses in scenario.servers.items()
+        }
+        sides = {side: scenario.server_of(side) for side in ("source", "target")}
+        self.servers = {side: made[name] for side, name in sides.items() if name is not None}
+        lost_s = sum(loss.away_s for losses in scenario.servers.values() for loss in losses)
+        self.cancel_s = CANCEL_S + lost_s
+        self.life_max_s = LIFE_MAX_S + 3 * lost_s
+
+    def _names(self, side: str) -> SimDirectory:
+        return ServedDirectory(self.world) if side in self.servers else SimDirectory(self.world)
 
     def report(self) -> Report:
         world = self.world
@@ -152,11 +176,16 @@ class Machine:
         now_s = 0.0
         while self.world.violation is None:
             loop = SimLoop(
-                self.rng, start_s=now_s, fair=self.scenario.fair, end_s=now_s + LIFE_MAX_S
+                self.rng, start_s=now_s, fair=self.scenario.fair, end_s=now_s + self.life_max_s
             )
             self.world.boot(loop, plans.pop(0) if plans else None)
+            for server in dict.fromkeys(self.servers.values()):
+                server.boot()
             self._live(loop)
             now_s = loop.time() + REBOOT_S
+            if self.world.violation is None and self.tampered:
+                self._at_the_end()
+                return
             if self.world.violation is None and self.world.dead:
                 self._after_crash()
             elif self.world.violation is None:
@@ -181,10 +210,13 @@ class Machine:
 
     def _after_crash(self) -> None:
         """Look at the disks as the crash left them, before anything repairs them."""
-        self.checker.crash(power=self.world.boots > self._boots)
-        self._boots = self.world.boots
         self.world.dead = False  # so that a violation counts
-        found = self._authority()
+        found = self.authority()
+        lost = self.world.boots > self._boots
+        if isinstance(found, ServedFile):
+            lost, found.owes = found.owes, False
+        self.checker.crash(power=lost)
+        self._boots = self.world.boots
         if self.scenario.meddling:
             self._meddle(self.scenario.meddling)
         if found is not None and (wrong := self.checker.check(bytes(found.view), "after a crash")):
@@ -192,8 +224,34 @@ class Machine:
 
     def _flush_failed(self, file: object) -> None:
         """A flush failed, whoever asked for it; of the authority it may take back what was read."""
-        if file is self._authority():
+        if file is self.authority():
             self.checker.flush_failed()
+
+    def _server_lost(self, file: ServedFile, loss: Loss) -> None:
+        """A server had a misfortune; the file has seen it already."""
+        if loss.kind == "reboot":
+            file.owes = True
+            if file.exposed and file is self.authority():
+                self.checker.lose()
+            file.exposed = False
+        if loss.tamper and file.lost_s is not None:
+            self._tamper(file, loss.tamper)
+
+    def _tamper(self, file: ServedFile, how: str) -> None:
+        """Somebody uses a server's absence. Nothing else happens in this run any more."""
+        world, server = self.world, file.server
+        if how == "older":
+            file.older = True
+        else:
+            for names in (self.source_names.names, self.target_names.names):
+                for name in [name for name, value in names.items() if value is file]:
+                    content = world.rng.randbytes(file.size)
+                    names[name] = ServedFile(server, INODES + world.tick(), file.size, content)
+            file.tampered = True
+        world.tell("somebody tampers:", how)
+        self.tampered.append(file)
+        world.plan = None
+        server.losses = [one for one in server.losses if not one.tamper]
 
     def _meddle(self, what: str) -> None:
         """Somebody changes the files while nobody is looking."""
@@ -226,7 +284,7 @@ class Machine:
             return Outcome()
         return fold(parse(bytes(log.durable if durable else log.view)).records)
 
-    def _authority(self) -> SimFile | None:
+    def authority(self) -> SimFile | None:
         """Return the file that the journal makes the truth."""
         try:
             target = self.outcome().authority is Authority.TARGET
@@ -251,8 +309,10 @@ class Machine:
     async def _life(self) -> None:
         """What the disk's process does, with the guests and the operator around it."""
         self._adopted: list[asyncio.Task[None]] = []
-        self._job: Job | None = None
+        self._moved_on = asyncio.Event()  # the disk is where it will stay
         disk, job = await self._open()
+        if self.ended is not None:
+            self._moved_on.set()
         if disk.size != self.scenario.size:
             self.world.violate(f"the disk's size changed to {disk.size}")
         async with asyncio.TaskGroup() as group:
@@ -284,10 +344,9 @@ class Machine:
         return running.result()
 
     async def _open(self) -> tuple[Disk, Job | None]:
-        if self.world.life == 1:
-            source = await self._places().source.open()
-            return Disk("disk", source), None
         try:
+            if self.world.life == 1:
+                return Disk("disk", await self._places().source.open()), None
             recovered = await recover(
                 "disk", self._places(), SimStore(self.files), self._request(), self._around()
             )
@@ -313,7 +372,7 @@ class Machine:
                 disk, self._places(), SimStore(self.files), self._request(), self._around()
             )
         except OSError as error:
-            if not self.world.faults_hit:
+            if not self.world.faults_hit and not has_given_up(self, "source"):
                 self.world.violate(f"the move was refused without a fault: {error}")
             self.world.tell("refused", error)
             self.files.log = self.files.map = None  # a refused job's directory is removed
@@ -323,6 +382,8 @@ class Machine:
     async def _use(self, guest: Guest, disk: Disk) -> None:
         if self.world.life > 1:
             await guest.read_all(disk)
+        if guest.late:
+            await self._moved_on.wait()
         await guest.run(disk)
 
     async def _operate(self, job: Job) -> None:
@@ -335,7 +396,7 @@ class Machine:
             self.commands.pop(0)
             await self._command(job, name)
         await elapse(CALM_S if self.scenario.faults else PATIENCE_S)
-        while world.loop.time() - began_s < CANCEL_S:
+        while world.loop.time() - began_s < self.cancel_s:
             if job.migration.phase in (Phase.PAUSED, Phase.DEGRADED):
                 await self._command(job, "resume")
             elif self.scenario.cutover == "manual":
@@ -362,22 +423,29 @@ class Machine:
         if self.ended not in (None, phase):
             self.world.violate(f"the job ended {self.ended.value}, and now {phase.value}")
         self.ended = phase
+        self._moved_on.set()
+
+    def _arm(self, moment: str) -> None:
+        for server in dict.fromkeys(self.servers.values()):
+            server.arm(moment)
 
     # What the engine is given
 
     def _places(self) -> Places:
         """Return both places, as a process makes them."""
-        world, scenario = self.world, self.scenario
-        return Places(
-            SimPlace(
-                world, self.source_names, "disk", "source", scenario.source_able,
-                committed=self.committed, device=scenario.source_device,
-            ),
-            SimPlace(
-                world, self.target_names, "disk", "target", scenario.target_able,
-                committed=self.committed, device=scenario.target_device,
-            ),
-        )  # fmt: skip
+        return Places(self._place("source"), self._place("target"))
+
+    def _place(self, side: str) -> SimPlace:
+        scenario, source = self.scenario, side == "source"
+        able = scenario.source_able if source else scenario.target_able
+        names = self.source_names if source else self.target_names
+        server = self.servers.get(side)
+        if server is not None:
+            return SimShare(server, names, "disk", side, able, committed=self.committed)
+        device = scenario.source_device if source else scenario.target_device
+        return SimPlace(
+            self.world, names, "disk", side, able, committed=self.committed, device=device
+        )
 
     def _request(self) -> JobRequest:
         scenario = self.scenario
@@ -401,85 +469,25 @@ class Machine:
 
     def _changed(self, job: Job) -> None:
         migration = job.migration
+        reason = migration.story[-1].reason
         self.phases.add(migration.phase.value)
-        self.world.tell("phase", migration.phase.value, ":", migration.story[-1].reason)
+        self.world.tell("phase", migration.phase.value, ":", reason)
+        if reason.startswith("internal error"):
+            self.world.violate(reason)
+        self._arm("move")
+        if migration.phase is Phase.RETIRING:
+            self._moved_on.set()
+            self._arm("commit")
         status = job.status()
         if not 0 <= status.bytes_remaining <= self.scenario.size:
             self.world.violate(f"{status.bytes_remaining} bytes are said to remain")
 
-    # What guests complain about
-
-    def slow(self, took_s: float) -> None:
-        if took_s > LATENCY_MAX_S and Kind.COMMIT not in self.files.kinds:
-            self.world.violate(f"a guest's request took {took_s:.2f} s before the commit")
-
-    def guest_failed(self, doing: str, error: OSError) -> None:
-        hit = {who for who, _ in self.world.faults_hit}
-        if "source" in hit or ("store", "write_log") in self.world.faults_hit:
-            return
-        if ("store", "sync_write_log") in self.world.faults_hit:
-            return
-        if "target" in hit and Kind.COMMIT in self.files.kinds:
-            return
-        self.world.violate(f"a guest's {doing} failed: {error}")
-
     # The end
 
     def _at_the_end(self) -> None:
-        for check in (self._check_ending, self._check_names, self._check_content):
-            wrong = check()
-            if wrong is not None:
-                self.world.violate(f"at the end ({self.ended}): {wrong}")
-                return
-        power = self.rng.random() < 0.5
-        self.world.crash(power)
-        self._after_crash()
-
-    def _check_ending(self) -> str | None:
-        outcome = self.outcome()
-        if self.ended is Phase.DONE:
-            if outcome.authority is not Authority.TARGET or not outcome.finished:
-                return f"the journal says {outcome.story}"
-            return None if self.location == "/target/disk" else "the registry was not told"
-        if outcome.state is not State.EMPTY and not outcome.finished:
-            return f"the journal says {outcome.story}"
-        if outcome.authority is not Authority.SOURCE:
-            return f"the journal says {outcome.story}"
-        if self.ended is Phase.CANCELLED:
-            return None if self.cancelled else "nobody cancelled it"
-        hit = {who for who, _ in self.world.faults_hit}
-        if not hit - {"target"}:
-            return f"it failed; faults: {self.world.faults_hit}"
-        return None
-
-    def _check_names(self) -> str | None:
-        scenario = self.scenario
-        source, target = set(self.source_names.names), set(self.target_names.names)
-        done = self.ended is Phase.DONE
-        hit = {who for who, _ in self.world.faults_hit}
-        if (
-            done
-            and self.kept is not None
-            and not scenario.keep_source
-            and "source-place" not in hit
-            and self.replaced is None
-        ):
-            return f"the source was kept: {self.kept}"
-        if self.replaced is not None:
-            stays = self.source_names.names.get("disk") is self.replaced
-            return None if stays else "a file that was not ours is gone"
-        kept = not done or scenario.source_device or self.kept is not None
-        if source != ({"disk"} if kept else set()) and "source-place" not in hit:
-            return f"the source's directory has {source}"
-        there = done or scenario.target_device
-        if target != ({"disk"} if there else set()) and "target-place" not in hit:
-            return f"the target's directory has {target}"
-        return None
-
-    def _check_content(self) -> str | None:
-        file = self._authority()
-        if file is None:
-            return "no authority"
-        for index in list(file.forgettable) if not self.checker.shaky else ():
-            file.drop(index)
-        return self.checker.check(bytes(file.view), "at rest")
+        wrong = verdict(self)
+        if wrong is not None:
+            self.world.violate(f"at the end ({self.ended}): {wrong}")
+        elif not self.tampered:
+            self.world.crash(self.rng.random() < 0.5)
+            self._after_crash()

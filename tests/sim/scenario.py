@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 from mirrord.engine.settings import EngineSettings
 from mirrord.storage.backend import Capabilities
+from mirrord.storage.steady import SteadySettings
 from tests.sim.disk import BLOCK
+from tests.sim.remote import Loss
 from tests.sim.world import CrashPlan, Fault
 
 # Faults end at the latest then, and the operator then sees to it that the move ends.
@@ -51,6 +53,24 @@ FAULTY = {
     "source-place": ("retire", "delete", "dirsync"),
 }
 COMMANDS = ("pause", "resume", "cancel", "cutover", "limit", "stop")
+SERVED = 0.25  # share of the runs with a side on a server
+# Where a loss of a server is worth most.
+LOSSES = (
+    ("source", "write"),
+    ("source", "read"),
+    ("source", "flush"),
+    ("target", "write"),
+    ("target", "read"),
+    ("target", "flush"),
+    ("target-place", "publish"),
+    ("source-place", "retire"),
+    ("source-server", "open"),
+    ("target-server", "open"),
+    ("store", "write_log"),
+    ("store", "sync_write_log"),
+    ("memory", "copied"),
+    ("memory", "clear"),
+)
 # What an operator does to the files while the process is dead.
 MEDDLING = ("target removed", "source replaced", "map lost")
 
@@ -63,6 +83,7 @@ class Load:
     depth: int
     think_s: float
     hot: float
+    late: bool = False  # it begins after the commit, or whatever else ends the job
 
 
 @dataclass
@@ -90,6 +111,12 @@ class Scenario:
     faults: list[Fault] = field(default_factory=list)
     commands: list[tuple[float, str]] = field(default_factory=list)
     meddling: str = ""
+    servers: dict[str, list[Loss]] = field(default_factory=dict)  # by what is on it, and its fate
+    steady: SteadySettings = field(default_factory=SteadySettings)
+
+    def server_of(self, side: str) -> str | None:
+        """Return which server a side is on: "source", "target" or "both"."""
+        return next((name for name in self.servers if name in (side, "both")), None)
 
 
 def draw(seed: int) -> Scenario:
@@ -132,7 +159,52 @@ def draw(seed: int) -> Scenario:
         scenario.meddling = rng.choice(MEDDLING)
     if chance() < 0.04:
         _make_the_commit_doubtful(rng, scenario)
+    rng = random.Random(f"servers {seed}")  # its own, so that the other runs stay what they are
+    if rng.random() < SERVED:
+        serve(rng, scenario)
     return scenario
+
+
+def serve(rng: random.Random, scenario: Scenario, sides: tuple[str, ...] = ()) -> None:
+    """Put sides on servers, which have their misfortunes."""
+    sides = sides or rng.choice((("target",), ("target",), ("source",), ("source", "target")))
+    if scenario.source_device:
+        sides = tuple(side for side in sides if side != "source")
+    if scenario.target_device:
+        sides = tuple(side for side in sides if side != "target")
+    names = ("both",) if len(sides) == 2 and rng.random() < 0.4 else sides
+    for name in names:
+        scenario.servers[name] = [_loss(rng) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 5)))]
+    scenario.steady = SteadySettings(
+        io_timeout_s=rng.choice((2.0, 8.0, 60.0)),
+        target_wait_s=0.8,
+        unflushed_bytes_max=rng.choice((1500, 6000, 1 << 26)),
+        write_through=rng.random() < 0.08,
+    )
+    for side in sides:
+        scenario.eager[f"{side}-server"] = rng.choice((0.0, scenario.eager[side]))
+    if rng.random() < 0.6:  # a guest whose server is the target's
+        think_s = rng.choice((0.0, 0.005, 0.03))
+        late = Load(rng.choice((40, 80)), rng.choice((1, 3, 6)), think_s, rng.random(), late=True)
+        scenario.loads = [*scenario.loads, late]
+
+
+def _loss(rng: random.Random) -> Loss:
+    kind = rng.choice(("cut", "cut", "killed", "reboot", "reboot", "reboot"))
+    loss = Loss(kind, away_s=rng.choice((0.0, 0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 10.0)))
+    if rng.random() < 0.06:
+        loss.away_s = rng.choice((30.0, 100.0))
+    loss.keeps = rng.random() < 0.5
+    loss.since = rng.choice(("beginning", "move", "move", "move", "commit", "commit", "commit"))
+    if rng.random() < 0.08:
+        loss.tamper = rng.choice(("replaced", "older"))
+    if rng.random() < 0.5:
+        loss.at_s = rng.choice((0.02, 0.2, 0.2, 1.0, 4.0)) * rng.random()
+    else:
+        loss.who, loss.operation = rng.choice(LOSSES)
+        loss.stage = rng.choice(("before", "after"))
+        loss.nth = rng.choice((1, 1, 2, 3, 5, 9, 20))
+    return loss
 
 
 def _make_the_commit_doubtful(rng: random.Random, scenario: Scenario) -> None:

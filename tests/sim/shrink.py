@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from mirrord.core import bitmap, journal, ranges
 from mirrord.engine import request
+from mirrord.storage import kept, steady
 from tests.sim.world import World
 
 NUMBERS = (
@@ -22,6 +23,14 @@ NUMBERS = (
     (journal, "RESERVED_BYTES", 4 * 12_288),
     (ranges, "BUCKET_SHIFT", 5),
     (ranges, "BUCKETS_MAX", 4),
+    (kept, "SAMPLES_MAX", 16),
+    (kept, "SAMPLE_BYTES_MAX", 32),
+    (kept, "ZERO_PIECE_BYTES", 16),
+    (kept, "_ZEROES", bytes(16)),
+    (steady, "SAMPLES_MAX", 16),
+    (steady, "SAMPLE_BYTES_MAX", 32),
+    (steady, "EDGE_BYTES", 16),
+    (steady, "NEWER_MAX", 12),
 )
 
 

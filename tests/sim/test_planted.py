@@ -170,6 +170,7 @@ def aim(
             scenario.settings, checkpoint_s=0.01, sample_s=0.02, hot_checkpoints=0
         )
     scenario.faults, scenario.commands, scenario.meddling = [], [], ""
+    scenario.servers = {}
     scenario.loads = [Load(requests=60, depth=4, think_s=rng.choice((0, 0.005)), hot=0.7)] * 2
     if power is not None:
         scenario.crashes = [

@@ -101,6 +101,7 @@ class World:
         self.eager: dict[str, float] = {}  # how often a call of `who` is done without waiting
         self.slow: dict[str, float] = {}  # factor on the delays of `who`
         self.plan: CrashPlan | None = None
+        self.lookouts: list[Callable[[str, str, str], None]] = []  # told of each point
         self.life = 0
         self.boots = 1  # changes with each power cut
         self.dead = True
@@ -168,7 +169,17 @@ class World:
             self.tell("at", stage, who, operation)
             self.crash(self.plan.power)
             return True
+        for lookout in self.lookouts:
+            lookout(who, operation, stage)
         return False
+
+    def lose(self, owner: Owner, why: Callable[[], OSError], *, gone: bool) -> None:
+        """Nobody will hear the answers to the calls of `owner`: they fail by `why`.
+
+        With `gone` each part that had no effect yet has it now, or never; else they go on.
+        """
+        for call in [call for call in self._in_flight if call.owner is owner]:
+            call.lose(why, gone=gone)
 
     async def call(
         self,
@@ -229,7 +240,9 @@ class _Call:
         "failed",
         "fault",
         "hung",
+        "lost",
         "operation",
+        "over",
         "owner",
         "told",
         "who",
@@ -256,6 +269,8 @@ class _Call:
         self.told = told
         self.owner = owner
         self.hung = False
+        self.lost = False  # nobody hears the answer
+        self.over = False  # and it has no more effects
         if owner is not None:
             owner.began()
         self.answer: asyncio.Future[None] = world.loop.create_future()
@@ -273,7 +288,7 @@ class _Call:
     def step(self) -> None:
         """Have some of the effects; the last ones come before the answer."""
         world = self.world
-        if world.dead:
+        if world.dead or self.over:
             return
         if self.fault is not None and not self.fault.hang_s:
             self._fail(self.fault)
@@ -304,8 +319,21 @@ class _Call:
 
     def _end(self) -> None:
         self.world._in_flight.pop(self, None)
-        if self.owner is not None:
+        if self.owner is not None and not self.lost:
             self.owner.ended()
+
+    def lose(self, why: Callable[[], OSError], *, gone: bool) -> None:
+        """The connection to the other side is gone; see `World.lose`."""
+        if not self.lost:
+            self.lost = True
+            if self.owner is not None:
+                self.owner.ended()
+            if not self.answer.done():
+                self.answer.set_exception(why())
+        if gone:
+            self.land(self.world.random)
+            self.over = True
+            self.world._in_flight.pop(self, None)
 
     def land(self, chance: Callable[[], float]) -> None:
         """The process died: each part of the call that had no effect yet has it, or never."""
