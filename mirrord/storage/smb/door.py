@@ -119,9 +119,11 @@ class ShareDoor(Door):
             desk.session.abandon(why)
             raise LostError(why) from error
         facts = await desk.ask(control.facts, again)
+        sparse = former.capabilities.punches_holes
+        if sparse and not facts.is_sparse and not self._read_only:  # Samba has forgotten it
+            await desk.ask(control.make_sparse, again)
         return as_file(
-            self._server, desk, again, facts, path,
-            sparse=former.capabilities.punches_holes, kept=True,
+            self._server, desk, again, facts, path, sparse=sparse, kept=True,
             keeps_birth=former.identity.born_ns != 0,
         )  # fmt: skip
 
