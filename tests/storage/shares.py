@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import random
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +24,9 @@ from mirrord.storage.smb.place import SharePlace
 from mirrord.storage.smb.server import ShareServer
 from mirrord.storage.smb.session import ShareSession, ShareSettings
 from mirrord.storage.steady import SteadyBackend
-from tests.helpers import require_program, require_root
+from tests.helpers import eventually_async, require_program, require_root
 from tests.samba import Samba
+from tests.storage.conformance import pattern
 
 JOB = "0d4fbd9c-7a52-4f7c-9d2b-5e1c8f6a3b72"
 DEADLINE_S = 30
@@ -229,3 +232,71 @@ async def refusal_of(awaitable: Any) -> RefusedError:
         await awaitable
     assert "\n" not in str(caught.value)
     return caught.value
+
+
+def state_of(backend: SteadyBackend) -> object:
+    """Return what `show` says about the connection."""
+    return backend.facts()["state"]
+
+
+async def until_away(backend: SteadyBackend) -> None:
+    """Wait until the loss was noticed."""
+    await eventually_async(lambda: state_of(backend) != "connected", DEADLINE_S, "away")
+
+
+class Guest:
+    """Writes all the time to the second half of the disk, and knows what has to be there."""
+
+    def __init__(self, backend: SteadyBackend) -> None:
+        self.backend = backend
+        self.expected = bytearray(pattern(backend.size))
+        self.done = 0
+        self._chance = random.Random(7)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stop = False
+
+    @asynccontextmanager
+    async def at_work(self, depth: int = 4) -> AsyncIterator[Guest]:
+        """Write meanwhile; every request has to end well."""
+        self._tasks = [asyncio.create_task(self._write(number, depth)) for number in range(depth)]
+        try:
+            yield self
+            await self.some_more()
+            self._stop = True
+            async with asyncio.timeout(DEADLINE_S):
+                await asyncio.gather(*self._tasks)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def some_more(self) -> None:
+        """Wait until more was written than is in flight."""
+        enough = self.done + 20
+        await eventually_async(lambda: self.done >= enough or self.failed(), DEADLINE_S, "writes")
+
+    def failed(self) -> bool:
+        """Raise what a request failed with, if one did."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
+        return False
+
+    async def _write(self, number: int, depth: int) -> None:
+        room = self.backend.size // 2 // depth
+        start = self.backend.size // 2 + number * room
+        while not self._stop:
+            length = self._chance.choice((512, 4096, 5000, 70_000))
+            at = start + self._chance.randrange(room - length)
+            data = self._chance.randbytes(length)
+            await self.backend.write(at, data, fua=self._chance.random() < 0.1)
+            self.expected[at : at + length] = data
+            self.done += 1
+            if self._chance.random() < 0.1:
+                await self.backend.flush()
+
+    async def check(self, server: Samba) -> None:
+        """Compare what is read, and what lies behind the share once it is flushed."""
+        assert bytes(await self.backend.read(0, self.backend.size)) == self.expected
+        await self.backend.flush()
+        assert server.file("disk.raw").read_bytes() == self.expected

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import random
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +14,23 @@ import pytest
 from mirrord.core.geometry import KIB, MIB
 from mirrord.storage.backend import UnreachableError
 from mirrord.storage.remote import LostError
+from mirrord.storage.smb import control
+from mirrord.storage.smb.file import ShareFile
 from mirrord.storage.steady import SteadyBackend
 from tests.helpers import eventually_async
 from tests.samba import Samba
 from tests.storage.conformance import pattern
-from tests.storage.shares import DEADLINE_S, QUICK, MakeClient, Words, smbclient
+from tests.storage.places import allocated_bytes
+from tests.storage.shares import (
+    DEADLINE_S,
+    QUICK,
+    Guest,
+    MakeClient,
+    Words,
+    smbclient,
+    state_of,
+    until_away,
+)
 from tests.storage.shares import make_client as make_client
 from tests.tcp_proxy import Direction, Proxy
 
@@ -54,74 +64,6 @@ def proxy(healthy: Samba) -> Iterator[Proxy]:
 @pytest.fixture(autouse=True)
 def _announced(expect_log: Callable[..., None]) -> None:
     expect_log(*LOST_AND_FOUND)
-
-
-def state_of(backend: SteadyBackend) -> object:
-    """Return what `show` says about the connection."""
-    return backend.facts()["state"]
-
-
-async def until_away(backend: SteadyBackend) -> None:
-    """Wait until the loss was noticed."""
-    await eventually_async(lambda: state_of(backend) != "connected", DEADLINE_S, "away")
-
-
-class Guest:
-    """Writes all the time to the second half of the disk, and knows what has to be there."""
-
-    def __init__(self, backend: SteadyBackend) -> None:
-        self.backend = backend
-        self.expected = bytearray(pattern(SIZE))
-        self.done = 0
-        self._chance = random.Random(7)
-        self._tasks: list[asyncio.Task[None]] = []
-        self._stop = False
-
-    @asynccontextmanager
-    async def at_work(self, depth: int = 4) -> AsyncIterator[Guest]:
-        """Write meanwhile; every request has to end well."""
-        self._tasks = [asyncio.create_task(self._write(number, depth)) for number in range(depth)]
-        try:
-            yield self
-            await self.some_more()
-            self._stop = True
-            async with asyncio.timeout(DEADLINE_S):
-                await asyncio.gather(*self._tasks)
-        finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def some_more(self) -> None:
-        """Wait until more was written than is in flight."""
-        enough = self.done + 20
-        await eventually_async(lambda: self.done >= enough or self.failed(), DEADLINE_S, "writes")
-
-    def failed(self) -> bool:
-        """Raise what a request failed with, if one did."""
-        for task in self._tasks:
-            if task.done():
-                task.result()
-        return False
-
-    async def _write(self, number: int, depth: int) -> None:
-        room = SIZE // 2 // depth
-        start = SIZE // 2 + number * room
-        while not self._stop:
-            length = self._chance.choice((512, 4096, 5000, 70_000))
-            at = start + self._chance.randrange(room - length)
-            data = self._chance.randbytes(length)
-            await self.backend.write(at, data, fua=self._chance.random() < 0.1)
-            self.expected[at : at + length] = data
-            self.done += 1
-            if self._chance.random() < 0.1:
-                await self.backend.flush()
-
-    async def check(self, server: Samba) -> None:
-        """Compare what is read, and what lies behind the share once it is flushed."""
-        assert bytes(await self.backend.read(0, SIZE)) == self.expected
-        await self.backend.flush()
-        assert server.file("disk.raw").read_bytes() == self.expected
 
 
 class TestAuthority:
@@ -299,6 +241,9 @@ class TestAuthority:
             assert bytes(await backend.read(number * 5000, 5000)) == b"x" * 5000
             assert backend.connected().kept
             assert backend.facts()["handle"] == "durable"
+        await backend.trim(0, SIZE)
+        await backend.flush()
+        assert allocated_bytes(healthy.file("disk.raw")) <= 64 * KIB, "it is not sparse any more"
         await backend.close()
         assert client.server._users == 0
 
@@ -498,6 +443,36 @@ class TestHandle:
         assert bytes(await backend.read(0, 10)) == b"still ours"
         assert not backend.connected().kept
         assert backend.facts()["handle"] == "durable"
+
+    async def test_a_handle_that_the_server_gives_back_to_nobody(
+        self, healthy: Samba, proxy: Proxy, make_client: MakeClient,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """Samba compares births; half of what it refuses would keep everybody out, us too."""
+        real = control.facts
+        monkeypatch.setattr(control, "facts", lambda *about: replace(real(*about), is_sparse=True))
+        healthy.put("birth.raw", pattern(SIZE))
+        client = make_client(healthy, port=proxy.port, line=QUICK)
+        backend = await client.open("birth.raw", authoritative=True)
+        file = backend.connected()
+        assert isinstance(file, ShareFile)
+        await file.session.control(control.make_sparse, file.tree.share, file.handle)
+        proxy.cut()
+        await until_away(backend)
+        assert bytes(await backend.read(0, 512)) == pattern(SIZE)[:512]
+        assert not backend.connected().kept
+
+    async def test_a_new_target_s_handle_is_taken_over(
+        self, healthy: Samba, proxy: Proxy, make_client: MakeClient
+    ) -> None:
+        client = make_client(healthy, port=proxy.port, line=QUICK)
+        backend = await client.create("new.raw", SIZE, authoritative=True)
+        proxy.cut()
+        await until_away(backend)
+        assert bytes(await backend.read(0, 512)) == bytes(512)
+        assert backend.connected().kept
+        await client.place("new.raw").discard("another job")
+        os.unlink(healthy.file(backend.connected().path))
 
 
 def client_text(where: Samba | Proxy) -> str:
