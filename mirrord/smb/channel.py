@@ -69,8 +69,8 @@ class Request:
     """
 
     __slots__ = (
-        "body", "command", "control", "data", "owner", "payload_bytes", "pending", "sent_s",
-        "tree_id",
+        "body", "command", "control", "data", "owner", "payload_bytes", "pending", "room",
+        "sent_s", "tree_id",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +82,7 @@ class Request:
         data: Bytes = b"",
         payload_bytes: int = 0,
         owner: Any = None,
+        room: tuple[Bytes, memoryview] | None = None,
     ) -> None:
         self.command = command
         self.body = body
@@ -89,6 +90,9 @@ class Request:
         self.data = data
         self.payload_bytes = payload_bytes
         self.owner = owner  # whatever the shell wants to know it by
+        # Memory for what is read, and a view of the part of it that is this request's. A payload
+        # that went there is that view, in `Reply.payload`; not every one can.
+        self.room = room
         self.control: wire.Header | None = None  # of smbprotocol's own message
         self.pending = False  # the server said that it takes long
         self.sent_s = 0.0
@@ -368,9 +372,15 @@ class Channel:
         if request is None:
             head = b""
         inbox.start += len(head)
-        memory, view = self._allocate(length - len(head))
+        memory, view = self._room_for(request, length - len(head))
         self._fill = (request, head, memory)
         inbox.fill(view)
+
+    def _room_for(self, request: Request | None, length: int) -> tuple[Bytes, memoryview]:
+        if request is None or request.room is None or len(request.room[1]) != length:
+            return self._allocate(length)
+        view = request.room[1]
+        return view, view
 
     def _reads_plainly(self, head: bytes, length: int) -> Request | None:
         """Return the request, if this is the head of a plain answer to a read and nothing else,

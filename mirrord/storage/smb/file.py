@@ -20,7 +20,7 @@ from mirrord.smb import status as st
 from mirrord.smb import wire
 from mirrord.smb.channel import SMALL_BYTES_MAX, Reply, Request
 from mirrord.storage.backend import Buffer, Capabilities, Identity
-from mirrord.storage.memory_pool import constant
+from mirrord.storage.memory_pool import constant, new_aligned, writable
 from mirrord.storage.remote import LostError, RemoteFile
 from mirrord.storage.smb import control
 from mirrord.storage.smb.control import Handle
@@ -87,15 +87,26 @@ class ShareFile(RemoteFile):
         if length <= SMALL_BYTES_MAX:
             reply = await self.session.ask(self._read(offset, length, flags))
             return self._what_was_read(reply, length)
+        whole, address = new_aligned(length)
+        view = writable(address, length)  # nobody else sees `whole` before this returns it
         replies = await self._in_pieces(
-            lambda at, count: self._read(at, count, flags), offset, length
+            lambda at, count: self._read(at, count, flags, (whole, view[at - offset :][:count])),
+            offset,
+            length,
         )
-        parts = [self._what_was_read(reply, reply.request.payload_bytes) for reply in replies]
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        at = 0
+        for reply in replies:
+            room, data = reply.request.room, self._what_was_read(reply, reply.request.payload_bytes)
+            if room is None or data is not room[1]:
+                view[at : at + len(data)] = data
+            at += len(data)
+        return whole
 
-    def _read(self, offset: int, length: int, flags: int) -> Request:
+    def _read(
+        self, offset: int, length: int, flags: int, room: tuple[Buffer, memoryview] | None = None
+    ) -> Request:
         body = wire.read_body(self.handle.file_id, offset, length, flags)
-        return Request(wire.READ, body, tree_id=self.tree.tree_id, payload_bytes=length)
+        return Request(wire.READ, body, tree_id=self.tree.tree_id, payload_bytes=length, room=room)
 
     def _what_was_read(self, reply: Reply, length: int) -> Buffer:
         if reply.status != st.SUCCESS:
