@@ -241,6 +241,10 @@ class TestAuthority:
             assert bytes(await backend.read(number * 5000, 5000)) == b"x" * 5000
             assert backend.connected().kept
             assert backend.facts()["handle"] == "durable"
+            file = backend.connected()
+            assert isinstance(file, ShareFile)
+            facts = await file.session.control(control.facts, file.tree.share, file.handle)
+            assert facts.is_sparse
         await backend.trim(0, SIZE)
         await backend.flush()
         assert allocated_bytes(healthy.file("disk.raw")) <= 64 * KIB, "it is not sparse any more"
