@@ -69,8 +69,8 @@ class Request:
     """
 
     __slots__ = (
-        "body", "command", "control", "data", "owner", "payload_bytes", "pending", "room",
-        "sent_s", "tree_id",
+        "body", "command", "control", "data", "owner", "payload_bytes", "pending", "replays",
+        "room", "sent_s", "tree_id",
     )  # fmt: skip
 
     def __init__(
@@ -95,6 +95,7 @@ class Request:
         self.room = room
         self.control: wire.Header | None = None  # of smbprotocol's own message
         self.pending = False  # the server said that it takes long
+        self.replays = 0  # how often it was asked again, without knowing what became of it
         self.sent_s = 0.0
 
 
@@ -282,6 +283,7 @@ class Channel:
                     tree_id=request.tree_id,
                     session_id=self._session_id,
                     sequence=self.sequence,
+                    flags=wire.REPLAY if request.replays else 0,
                 )
                 + request.body
             )

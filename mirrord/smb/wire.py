@@ -37,6 +37,7 @@ OPLOCK_BREAK: Final = 18
 FROM_SERVER: Final = 1
 ASYNC: Final = 2
 SIGNED: Final = 8
+REPLAY: Final = 0x20000000  # a request that may have been carried out already
 
 UNSOLICITED: Final = 0xFFFFFFFFFFFFFFFF  # the message id of a break that nobody asked for
 CREDIT_BYTES: Final = 64 * 1024  # of payload, that one credit pays for (3.1.5.2)
@@ -107,10 +108,11 @@ def pack_header(
     tree_id: int,
     session_id: int,
     sequence: int,
+    flags: int = 0,
 ) -> bytes:
     """Return the header of a request. `sequence` is the channel sequence (2.2.1.2)."""
     return _HEADER.pack(
-        SMB2_MAGIC, HEADER_BYTES, charge, sequence, command, credits, 0, 0, message_id, 0,
+        SMB2_MAGIC, HEADER_BYTES, charge, sequence, command, credits, flags, 0, message_id, 0,
         tree_id, session_id, b"",
     )  # fmt: skip
 

@@ -99,6 +99,7 @@ class Asked(NamedTuple):
     tree_id: int
     session_id: int
     body: bytes
+    flags: int = 0
 
 
 def parse(message: bytes) -> Asked:
@@ -107,7 +108,8 @@ def parse(message: bytes) -> Asked:
      session_id, _) = HEADER.unpack_from(message)  # fmt: skip
     assert (magic, size, following) == (b"\xfeSMB", 64, 0)
     assert not flags & wire.FROM_SERVER
-    return Asked(command, message_id, charge, credits, sequence, tree_id, session_id, message[64:])
+    rest = message[64:]
+    return Asked(command, message_id, charge, credits, sequence, tree_id, session_id, rest, flags)
 
 
 def split(data: bytes) -> list[bytes]:

@@ -128,6 +128,18 @@ def test_what_is_no_smb_is_no_greeting() -> None:
 
 
 @every_kind
+def test_a_repetition_says_that_it_is_one(kind: Kind) -> None:
+    channel, peer = started(kind), Peer(kind)
+    first, again = read(4096), read(4096)
+    again.replays = 1
+    channel.submit(first)
+    channel.submit(again)
+    channel.pump(0)
+    flags = [message.flags & wire.REPLAY for message in said(channel, peer)]
+    assert flags == [0, wire.REPLAY]
+
+
+@every_kind
 def test_requests_are_numbered_and_sealed_and_replies_are_matched(kind: Kind) -> None:
     channel, peer = started(kind), Peer(kind)
     channel.sequence = 0xFFFE

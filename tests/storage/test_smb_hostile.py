@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mirrord.core.geometry import KIB
+from mirrord.smb import status as st
 from mirrord.smb import wire
 from mirrord.smb.channel import BREAKS_MAX, Reply, Request
 from mirrord.smb.seal import Signed, Signing, Unsealed
@@ -191,6 +192,7 @@ class Peer:
 
     def __init__(self) -> None:
         self.lost: list[tuple[LostError, list[Request]]] = []
+        self.held: list[Request] = []
         self.line: Line
         self.reader: asyncio.StreamReader
         self.writer: asyncio.StreamWriter
@@ -216,6 +218,7 @@ async def peer() -> AsyncIterator[Peer]:
         SHORT,
         on_lost=lambda _, why, requests: one.lost.append((why, requests)),
         on_break=lambda *_: None,
+        on_held=lambda request: one.held.append(request),
     )
     await loop.create_connection(lambda: one.line, sock=left)
     one.reader, one.writer = await asyncio.open_connection(sock=right)
@@ -265,6 +268,23 @@ async def test_an_unsigned_answer_on_a_signed_line_ends_it(peer: Peer) -> None:
     await ask(peer, read())
     peer.writer.write(framed(answer(0, command=wire.READ, body=bytes(20))))
     assert "unsigned" in str(await peer.over())
+
+
+async def test_a_repetition_that_the_server_holds_back_is_asked_again(peer: Peer) -> None:
+    """It is still at what a lost line asked; only of a repetition that is no loss."""
+    again = read()
+    again.replays = 1
+    held = bytearray(answer(0, command=wire.READ, body=bytes(9)))
+    held[8:12] = st.FILE_NOT_AVAILABLE.to_bytes(4, "little")
+    asked = await ask(peer, again)
+    peer.writer.write(framed(bytes(held)))
+    await eventually_async(lambda: peer.held, what="the owner is asked to repeat it")
+    assert peer.held == [again]
+    assert not asked.done()
+    first = await ask(peer, read())
+    held[24] = 1  # its message id
+    peer.writer.write(framed(bytes(held)))
+    assert (await first).status == st.FILE_NOT_AVAILABLE
 
 
 @pytest.mark.parametrize("part", [b"", framed(answer(0, command=wire.READ))[:30]])

@@ -24,6 +24,7 @@ from typing import Any, Final, cast
 
 from mirrord.core.geometry import KIB
 from mirrord.errors import ProtocolError
+from mirrord.smb import status as st
 from mirrord.smb import wire
 from mirrord.smb.channel import Channel, Reply, Request
 from mirrord.smb.seal import Seal
@@ -34,6 +35,9 @@ from mirrord.storage.smb.work import from_thread
 
 JOIN_BYTES: Final = 64 * KIB  # up to this one copy beats many vectors
 LOOP_S: Final = 30.0  # that the loop may be busy with other things
+# The server still works on what a lost line asked before: a repetition is asked again so often.
+REPLAY_S: Final = 0.05
+REPLAYS_MAX: Final = 200
 UNSENT_HIGH: Final = 256 * KIB  # no more is sealed while so much is unsent: small ones go first
 
 
@@ -57,7 +61,8 @@ def _memory(length: int) -> tuple[Buffer, memoryview]:
 
 
 class Line(asyncio.BufferedProtocol):
-    """One connection. `on_lost` gets the reason and every unanswered request, once."""
+    """One connection. `on_lost` gets the reason and every unanswered request, once; `on_held` a
+    repetition that has to be asked once more, since the server is still at what came before."""
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class Line(asyncio.BufferedProtocol):
         *,
         on_lost: Callable[[Line, LostError, list[Request]], None],
         on_break: Callable[[Line, wire.Break], None],
+        on_held: Callable[[Request], None],
     ) -> None:
         self.channel = Channel(_memory)
         self.why: LostError | None = None  # it was lost
@@ -72,6 +78,7 @@ class Line(asyncio.BufferedProtocol):
         self._settings = settings
         self._on_lost = on_lost
         self._on_break = on_break
+        self._on_held = on_held
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._planned = False
@@ -214,7 +221,10 @@ class Line(asyncio.BufferedProtocol):
         if request.control is not None:
             self.greetings.put(bytes(reply.message))
         elif request.owner is not None:
-            _settle(request, reply)
+            if reply.status == st.FILE_NOT_AVAILABLE and 0 < request.replays < REPLAYS_MAX:
+                self._loop.call_later(REPLAY_S, self._on_held, request)
+            else:
+                _settle(request, reply)
 
     def _check(self) -> None:
         """Look at the deadlines."""

@@ -3,7 +3,8 @@
 One handle serves all lines. A request goes to the line with the least in flight. When a line is
 lost and another lives, its unanswered requests are asked again there, under a new channel sequence
 ([MS-SMB2] 3.2.4.1.5): what the server may still find in the lost line's queue is then refused as
-stale, so a late write can't overtake its own repetition. With the last line the session is lost.
+stale, so a late write can't overtake its own repetition; and a repetition is held back while the
+server is still at what came before. With the last line the session is lost.
 
 A lost line is replaced in the background as long as the session lives (`_restore`).
 
@@ -245,7 +246,12 @@ class ShareSession:
         """Make a line. Called by smbprotocol's thread, so the loop has to make it."""
 
         async def make() -> Line:
-            return Line(self.settings.line, on_lost=self._line_lost, on_break=self._broken)
+            return Line(
+                self.settings.line,
+                on_lost=self._line_lost,
+                on_break=self._broken,
+                on_held=self._again,
+            )
 
         return from_thread(self._loop, make, LOOP_S)
 
@@ -261,7 +267,9 @@ class ShareSession:
             self.piece_bytes = min(self.piece_bytes, wire.CREDIT_BYTES)
         seal = dial.seal_of(connection, self._session, encrypt=self.encrypted, seat=seat)
         line.channel.sequence = self.sequence
-        line.start(seal, self.session_id, piece_bytes=max(limits), multi_credit=multi_credit)
+        line.start(
+            seal, self.session_id, piece_bytes=self.piece_bytes, multi_credit=multi_credit
+        )
         if line.why is not None:
             raise LostError(f"{self.server}: {line.why.strerror}") from line.why
         self._seats.append(seat)
@@ -326,7 +334,7 @@ class ShareSession:
                         len(self._seats), why.strerror)  # fmt: skip
             for request in left:
                 if request.control is None and request.owner is not None:
-                    self._idlest(request).submit(request)
+                    self._again(request)
             if not self._restoring:
                 self._own(self._restore())
             return
@@ -334,6 +342,14 @@ class ShareSession:
             fail(request, LostError(f"{self.server}: {why.strerror}"))
         if gone:
             self._lose(LostError(f"{self.server}: {why.strerror}"))
+
+    def _again(self, request: Request) -> None:
+        """Ask once more what may have been done: the server holds it back until it knows."""
+        request.replays += 1
+        if self._seats:
+            self._idlest(request).submit(request)
+        else:
+            fail(request, self.lost or LostError(f"{self.server}: the session has ended"))
 
     def _lose(self, why: LostError) -> None:
         if self.lost is None:
@@ -362,8 +378,9 @@ class ShareSession:
 
     def _broken(self, line: Line, broken: wire.Break) -> None:
         tell = self._break_ears.get(broken.key)
-        if tell is not None:
-            tell(broken)
+        if tell is None:
+            return  # no lease of ours, or no longer
+        tell(broken)
         if broken.wants_ack:
             tree_id = next((tree.tree_id for tree in self._trees.values()), 0)
             line.acknowledge(broken, tree_id)
