@@ -18,7 +18,7 @@ from tests.sim.scenario import Load, Scenario, draw
 from tests.sim.test_planted import SEEDS_MAX, Patch, aim, find
 from tests.sim.world import CrashPlan
 
-CLEAN_SEEDS = 15  # each; test_sim.py has the thousands
+CLEAN_SEEDS = 10  # each; test_sim.py has the thousands
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
@@ -172,7 +172,7 @@ def aim_at_answers(scenario: Scenario, operation: str) -> Scenario:
     scenario.eager["target"] = 0.0
     scenario.loads = [Load(80, 8, 0.0, hot=1.0, late=True)] * 2
     loss = Loss("reboot", 0.0, since="commit", who="target", operation=operation, stage="after")
-    scenario.servers["target"] = [replace(loss, nth=nth) for nth in rng.sample(range(1, 60), 6)]
+    scenario.servers["target"] = [replace(loss, nth=nth) for nth in rng.sample(range(1, 90), 20)]
     return scenario
 
 
