@@ -60,6 +60,7 @@ OVERHEAD_BYTES_MAX: Final = 128 * KIB
 # Bytes of an inbox's message that is waited for as a whole; a longer one gets memory of its own.
 _WHOLE_BYTES_MAX = INBOX_BYTES - SPARE_BYTES - wire.LENGTH_BYTES
 _READ_HEAD = wire.READ_DATA_OFFSET
+_NEXT_COMMAND = slice(20, 24)  # of a header
 
 
 class Request:
@@ -465,6 +466,8 @@ class Channel:
 
 def _parts(message: Bytes) -> list[Bytes]:
     """Cut a compound into its messages (3.2.5.1.9). One that leads nowhere leads to no header."""
+    if message[_NEXT_COMMAND] == b"\0\0\0\0":  # no compound: nearly all
+        return [message]
     parts: list[Bytes] = []
     while following := wire.parse_header(message).next_command:
         parts.append(memoryview(message)[:following])
