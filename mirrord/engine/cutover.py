@@ -53,6 +53,7 @@ class Cutover:
         clock: Callable[[], float],
     ) -> None:
         self.committing = False
+        self.aborted = False  # ABORT is durable
         self.former: Backend | None = None  # the source, once pivoted
         self.pause_s: float | None = None
         self._disk = disk
@@ -65,8 +66,11 @@ class Cutover:
 
     @property
     def withdrawable(self) -> bool:
-        """Whether no commit record can be on storage, so that the target may be renamed back."""
-        return not self.committing
+        """Whether no commit record can be on storage, so that the target may be renamed back.
+
+        Not after an ABORT either: it is discarded then, and nothing may come between.
+        """
+        return not self.committing and not self.aborted
 
     async def run(self, payload: Payload, wants_to_leave: Callable[[], bool]) -> Outcome:
         """Cut over, and say what came of it: committed, gate timed out, or aborted.
@@ -182,4 +186,5 @@ class Cutover:
                 delay_s = min(2 * delay_s, self._settings.retry_max_s)
             else:
                 self._tracker.strict = self.committing = False
+                self.aborted = True
                 return Event.ABORTED, reason

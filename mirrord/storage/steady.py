@@ -331,7 +331,14 @@ class SteadyBackend(Backend):
         self._refuse_if_poisoned()
         while True:
             mark, life = self._kept.mark(), self._life
-            await self._steadily(lambda file: file.flush())
+            try:
+                await self._steadily(lambda file: file.flush())
+            except UnreachableError:
+                raise
+            except OSError as error:
+                self._poisoned = self._poisoned or error
+                raise
+            self._refuse_if_poisoned()  # one flush is told of what another has lost
             if life == self._life:
                 self._flushed(mark)
                 return
@@ -362,7 +369,7 @@ class SteadyBackend(Backend):
             except UnreachableError as error:
                 log.warning("flush not possible server=%s error=%s", self.door.where, error)
             except OSError as error:
-                self._poisoned = self._poisoned or error
+                log.warning("flush failed server=%s error=%s", self.door.where, error)
                 self._settled = True
 
     def _flushed(self, mark: int) -> None:
@@ -387,13 +394,13 @@ class SteadyBackend(Backend):
         self._relief = self._loop.create_task(self._relieving())
 
     async def _relieving(self) -> None:
-        """Flush, so that less has to be kept. A failure is remembered: the guest's next flush."""
+        """Flush, so that less has to be kept. A failure becomes that of the guest's next flush."""
         try:
             await self._flush_kept()
         except UnreachableError as error:
             log.warning("flush not possible server=%s error=%s", self.door.where, error)
         except OSError as error:
-            self._poisoned = self._poisoned or error
+            log.warning("flush failed server=%s error=%s", self.door.where, error)
         finally:
             self._relief = None
 
