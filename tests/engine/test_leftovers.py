@@ -14,11 +14,11 @@ from tests.engine.rules import NEW
 
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power-cut"])
 async def test_an_aborted_target_under_its_final_name(on_files: CrashBench, power: bool) -> None:
-    """A crash between ABORT and the taking back of the name: the file is ours by its identity."""
+    """A crash between ABORT and the deletion: the file is ours by its identity."""
     await on_files.begin(verify="none")
     on_files.at_files.fail("write_log:COMMIT", errno=errno.EIO)
-    withdraw = on_files.at_target.hang("withdraw")
-    await on_files.run_to(withdraw)
+    discard = on_files.at_target.hang("discard")
+    await on_files.run_to(discard)
     assert on_files.target_path.exists()
     await on_files.kill(power=power)
     found = await on_files.recovered()
@@ -34,8 +34,8 @@ async def test_a_strangers_file_under_the_final_name_stays(on_files: CrashBench)
     """Somebody put his own there while nobody ran: it is not what the move made."""
     await on_files.begin(verify="none")
     on_files.at_files.fail("write_log:COMMIT", errno=errno.EIO)
-    withdraw = on_files.at_target.hang("withdraw")
-    await on_files.run_to(withdraw)
+    discard = on_files.at_target.hang("discard")
+    await on_files.run_to(discard)
     await on_files.kill()
     on_files.target_path.rename(on_files.target_path.with_name("aside"))
     on_files.target_path.write_bytes(b"mine")

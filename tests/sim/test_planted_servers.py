@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from mirrord.engine.cutover import Cutover
 from mirrord.storage import steady
 from mirrord.storage.kept import Change, ChangeLocks, apply, latest
 from mirrord.storage.remote import LostError, RemoteFile
@@ -16,7 +17,7 @@ from tests.sim.remote import Loss
 from tests.sim.run import simulate
 from tests.sim.scenario import Load, Scenario, draw
 from tests.sim.test_planted import SEEDS_MAX, Patch, aim, find
-from tests.sim.world import CrashPlan
+from tests.sim.world import CrashPlan, Fault
 
 CLEAN_SEEDS = 10  # each; test_sim.py has the thousands
 
@@ -139,6 +140,23 @@ def reads_are_answered_before_all_is_durable(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SteadyBackend, "_settle", settle)
 
 
+def a_flush_is_believed_though_another_failed(patch: pytest.MonkeyPatch) -> None:
+    """The server tells of an error once; somebody else was told (was in it once)."""
+
+    async def flush(self: SteadyBackend) -> None:
+        self._refuse_if_poisoned()
+        mark = self._kept.mark()
+        await self._steadily(lambda file: file.flush())
+        self._flushed(mark)
+
+    patch.setattr(SteadyBackend, "_flush_kept", flush)
+
+
+def a_late_abort_is_interrupted(patch: pytest.MonkeyPatch) -> None:
+    """The job goes on after ABORT, for the target's name is being taken back (was in it once)."""
+    patch.setattr(Cutover, "withdrawable", property(lambda self: not self.committing))
+
+
 def serve_aimed(scenario: Scenario, side: str) -> random.Random:
     """Put a side on a server, and nothing else in the way of seeing what comes of it."""
     aim(scenario, mode="mirror")
@@ -204,6 +222,29 @@ def aim_at_the_first_reads(scenario: Scenario) -> Scenario:
     return scenario
 
 
+def aim_at_flushes(scenario: Scenario) -> Scenario:
+    """A failing flush among many, and a restart soon after."""
+    aim_after_the_commit(scenario, "reboot")
+    rng = random.Random(f"flushes {scenario.seed}")
+    scenario.eager["target"], scenario.slow["target"] = 0.0, 4.0
+    scenario.steady = replace(scenario.steady, unflushed_bytes_max=3000)
+    scenario.faults = [Fault("target", "flush", rng.randrange(8, 40), lands=0.0)]
+    scenario.servers["target"] = [
+        Loss("reboot", 0.0, since="commit", at_s=3 * rng.random()) for _ in range(3)
+    ]
+    return scenario
+
+
+def aim_at_a_late_abort(scenario: Scenario) -> Scenario:
+    """The commit record fails while the target's server is away."""
+    serve_aimed(scenario, "target")
+    scenario.loads = [Load(80, 4, 0.002, hot=0.5)] * 2
+    scenario.faults = [Fault("store", "sync_write_log", 2)]
+    loss = Loss("cut", 3.0, since="move", who="store", operation="sync_write_log", stage="before")
+    scenario.servers["target"] = [loss]
+    return scenario
+
+
 PLANTED: list[tuple[Patch, Callable[[Scenario], Scenario]]] = [
     (nothing_is_replayed, lambda s: aim_after_the_commit(s, "reboot")),
     (what_was_in_flight_is_not_replayed, lambda s: aim_at_answers(s, "read")),
@@ -217,6 +258,8 @@ PLANTED: list[tuple[Patch, Callable[[Scenario], Scenario]]] = [
     (overlapping_changes_are_in_flight_together, lambda s: aim_after_the_commit(s, "reboot")),
     (the_bitmap_is_believed_after_a_kill, aim_at_both),
     (reads_are_answered_before_all_is_durable, aim_at_the_first_reads),
+    (a_flush_is_believed_though_another_failed, aim_at_flushes),
+    (a_late_abort_is_interrupted, aim_at_a_late_abort),
 ]
 
 
