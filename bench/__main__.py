@@ -74,7 +74,8 @@ def report(name: str, scenario: scenarios.Scenario, folder: Path, rounds: int) -
     figures: dict[str, dict[str, list[float]]] = {}
     missing: set[str] = set()
     before = os.getloadavg()[0]
-    for number in range(rounds + 1):
+    warm_ups = 1 if scenario.rounds is None else 0
+    for number in range(1 - warm_ups, rounds + 1):
         for peer, measure in scenario.peers.items():
             if peer not in missing:
                 _one(figures, missing, peer, measure, folder, counted=number > 0)

@@ -41,7 +41,7 @@ class Scenario:
     unit: str
     peers: dict[str, Measure]
     in_memory: bool = False  # unless a folder is asked for
-    rounds: int | None = None  # else as many as are asked for
+    rounds: int | None = None  # without a warm-up; else as many as are asked for, after one
 
 
 def make_disk(folder: Path, size: int, data: float) -> Path:
