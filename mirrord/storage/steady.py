@@ -13,11 +13,6 @@ again, the newest of what is kept and of what was in flight is written again, th
 and only then do requests go on. So a server's restart loses nothing, and no read sees a write
 vanish that an earlier one saw: neither an acknowledged one nor one that was in flight.
 
-    connected ──lost──▸ away ──opened again──▸ proving ──equal──▸ replaying ──flushed──▸ connected
-                          ▲                        │                   │
-                          └────────lost────────────┴───────lost───────┘
-                                                        differs ──▸ failed
-
 Proof. A handle that the server kept for us (`RemoteFile.kept`) needs none. Else the identity and
 the size must be the same, and a sample of what was flushed must read back as it was written:
 another file under the name, an older copy, a restored snapshot is refused, and so are all requests
@@ -26,9 +21,9 @@ from then on. `reason` says why.
 Order. Overlapping changes are never in flight together (a server may carry them out in any order,
 and the kept ones must be repeated in the order in which they happened).
 
-Interleavings: `_life` grows when the connection is lost. A change that was answered counts as
-acknowledged only in the life in which it was asked, in one stretch with keeping it; an answer of an
-earlier life is not believed but waits for the replay, which has repeated it.
+Interleavings: `Tie.life` grows when the connection is lost. A change that was answered counts as
+acknowledged only in the life in which it was asked, in one stretch with keeping it; an answer of
+an earlier life is not believed but waits for the replay, which has repeated it.
 """
 
 from __future__ import annotations
@@ -57,7 +52,8 @@ from mirrord.storage.kept import (
     touched,
 )
 from mirrord.storage.memory_pool import constant
-from mirrord.storage.remote import DeniedError, Door, LostError, RemoteFile
+from mirrord.storage.remote import Door, LostError, RemoteFile
+from mirrord.storage.tie import Tie
 
 T = TypeVar("T")
 
@@ -65,11 +61,6 @@ log = logging.getLogger(__name__)
 
 EDGE_BYTES: Final = 4 * KIB  # of both ends of the disk, for the first proof
 NEWER_MAX: Final = 256  # changes to look through; a busier disk learns at a calmer flush
-RETRY_FIRST_S: Final = 0.05
-RETRY_MAX_S: Final = 5.0
-# A server that refuses the password is asked again this rarely: accounts get locked.
-DENIED_RETRY_S: Final = 20.0
-DENIED_LOOK_S: Final = 0.5  # whether there is another one
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,36 +93,44 @@ class SteadyBackend(Backend):
         self.identity = file.identity
         self.capabilities = file.capabilities
         self.settings = settings
-        self.reason: str | None = None  # why requests wait, or fail
-        self.failed = False
         self.door = door
         self._read_only = read_only
-        self._file: RemoteFile | None = file
-        self._former = file
-        self._life = 0
         self._kept = Kept()
         self._flying: dict[int, Change] = {}
         self._next = 0
         self._samples = Samples()
         self._locks = ChangeLocks()
-        self._up: list[asyncio.Future[None]] = []
         self._written = 0  # grows when a target's write begins, and when it has ended
         self._durable = 0  # what it was when a flush began that ended well
         self._suspect = False  # the target may have forgotten some of them
         self._relief: asyncio.Task[None] | None = None
-        self._recovery: asyncio.Task[None] | None = None
         self._poisoned: OSError | None = None
         self._users = 0
         self._unused: asyncio.Future[None] | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._closed = False
         self._settled = read_only  # what was written before we came is durable, too
         self._settling: asyncio.Task[None] | None = None
-        self._denied: DeniedError | None = None
         self._authoritative = False
         self._learning: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        file.when_lost(lambda why: self._lost(file, why))
+        self._tie = Tie(
+            file,
+            door,
+            trial=self._trial,
+            on_lost=self._was_lost,
+            # who had begun before `close` goes on
+            wanted=lambda: self._closing is None or self._users > 0,
+        )
+
+    @property
+    def reason(self) -> str | None:
+        """Why requests wait, or fail."""
+        return self._tie.reason
+
+    @property
+    def failed(self) -> bool:
+        """Whether every request fails from now on."""
+        return self._tie.failed
 
     @property
     def authoritative(self) -> bool:
@@ -179,12 +178,12 @@ class SteadyBackend(Backend):
 
     def connected(self) -> RemoteFile:
         """Return the file that is open now. Raises LostError."""
-        if self._file is None:
+        if self._tie.file is None:
             raise LostError(f"{self.door.where} is away: {self.reason}")
-        return self._file
+        return self._tie.file
 
     async def check_unchanged(self) -> None:
-        file = self._file
+        file = self._tie.file
         if file is None:
             return  # it is proven when it is open again
         try:
@@ -195,11 +194,11 @@ class SteadyBackend(Backend):
             raise OSError(errno.ESTALE, f"its size changed from {self.size} to {size} bytes")
 
     def copies_from(self, source: Backend) -> bool:
-        mine, other = self._file, self._file_of(source)
+        mine, other = self._tie.file, self._file_of(source)
         return mine is not None and other is not None and mine.copies_from(other)
 
     async def copy_from(self, source: Backend, offset: int, length: int) -> bool:
-        mine, other = self._file, self._file_of(source)
+        mine, other = self._tie.file, self._file_of(source)
         if mine is None or other is None or self.authoritative:
             return False
         self._written += 1
@@ -209,15 +208,15 @@ class SteadyBackend(Backend):
             self._written += 1
 
     def _file_of(self, backend: Backend) -> RemoteFile | None:
-        return backend._file if isinstance(backend, SteadyBackend) else None
+        return backend._tie.file if isinstance(backend, SteadyBackend) else None
 
     def facts(self) -> dict[str, object]:
         """Return what `show` says about the connection."""
-        state = "failed" if self.failed else "connected" if self._file is not None else "away"
+        state = "failed" if self.failed else "connected" if self._tie.file is not None else "away"
         return {
             "state": state,
             "server": self.door.where,
-            **(self._file or self._former).facts(),
+            **(self._tie.file or self._tie.former).facts(),
             "io_timeout_s": self.settings.io_timeout_s,
             "unflushed_bytes": self._kept.bytes,
             "reason": self.reason,
@@ -249,23 +248,13 @@ class SteadyBackend(Backend):
         while self._users:
             self._unused = self._loop.create_future()
             await self._unused
-        for task in (self._learning, self._settling, self._relief, self._recovery):
+        for task in (self._learning, self._settling, self._relief):
             if task is not None:
                 task.cancel()
                 await asyncio.wait((task,))
         if len(self._kept):
             log.info("closed unflushed server=%s bytes=%d", self.door.where, self._kept.bytes)
-        file, self._file = self._file, None
-        self._life += 1
-        self._closed = True
-        await (file or self._former).close()
-
-    def _wake(self) -> None:
-        """Let everybody who waits for the connection look again."""
-        waiting, self._up = self._up, []
-        for one in waiting:
-            if not one.done():
-                one.set_result(None)
+        await self._tie.close()
 
     # Changes.
 
@@ -296,17 +285,17 @@ class SteadyBackend(Backend):
         until_s = self._loop.time() + self.settings.io_timeout_s
         through = change.fua or self.settings.write_through
         while True:
-            file = self._file or await self._wait_up(until_s)
+            file = self._tie.file or await self._wait_up(until_s)
             if change.landed:  # by the replay, and flushed
                 return
-            life = self._life
+            life = self._tie.life
             change.sent = True
             try:
                 await apply(file, change, through=through)
             except LostError as why:
-                self._lost(file, why)
+                self._tie.lost(file, why)
                 continue
-            if life == self._life:
+            if life == self._tie.life:
                 break
         if self.settings.write_through:
             return
@@ -315,12 +304,14 @@ class SteadyBackend(Backend):
             self._begin_relief()
 
     async def _on_target(self, change: Change) -> None:
-        file = self._file or await self._wait_up(self._loop.time() + self.settings.target_wait_s)
+        file = self._tie.file or await self._wait_up(
+            self._loop.time() + self.settings.target_wait_s
+        )
         self._written += 1
         try:
             await apply(file, change, through=change.fua)
         except LostError as why:
-            self._lost(file, why)
+            self._tie.lost(file, why)
             raise
         finally:
             self._written += 1
@@ -330,7 +321,7 @@ class SteadyBackend(Backend):
     async def _flush_kept(self) -> None:
         self._refuse_if_poisoned()
         while True:
-            mark, life = self._kept.mark(), self._life
+            mark, life = self._kept.mark(), self._tie.life
             try:
                 await self._steadily(lambda file: file.flush())
             except UnreachableError:
@@ -339,12 +330,14 @@ class SteadyBackend(Backend):
                 self._poisoned = self._poisoned or error
                 raise
             self._refuse_if_poisoned()  # one flush is told of what another has lost
-            if life == self._life:
+            if life == self._tie.life:
                 self._flushed(mark)
                 return
 
     async def _flush_target(self) -> None:
-        file = self._file or await self._wait_up(self._loop.time() + self.settings.target_wait_s)
+        file = self._tie.file or await self._wait_up(
+            self._loop.time() + self.settings.target_wait_s
+        )
         if self._suspect:
             self._suspect = False
             raise OSError(
@@ -356,7 +349,7 @@ class SteadyBackend(Backend):
         try:
             await file.flush()
         except LostError as why:
-            self._lost(file, why)
+            self._tie.lost(file, why)
             raise
         self._durable = max(self._durable, written)
         self._settled = True
@@ -381,7 +374,6 @@ class SteadyBackend(Backend):
         for change in gone[-SAMPLES_MAX // 4 :]:
             # One of the same flush, before it, may have been overwritten by this one.
             self._samples.forget(change.offset, change.length)
-            self._samples.forget(change.offset, change.length)  # an older one, learned just now
             known = change.data is not None and change.length <= SAMPLE_BYTES_MAX
             if known and not self._is_changing(change):
                 self._samples.learn(change.offset, cast(Buffer, change.data))
@@ -428,7 +420,7 @@ class SteadyBackend(Backend):
         if settling is not None and not settling.done():
             await asyncio.wait((settling,), timeout=self.settings.io_timeout_s)
             if not settling.done():
-                raise self._unreachable()
+                raise self._tie.unreachable()
         return await self._steadily(ask, until_s)
 
     async def _steadily(
@@ -437,98 +429,27 @@ class SteadyBackend(Backend):
         """Ask; while the guest depends on it, again and again until there is an answer."""
         until_s = self._until_s() if until_s is None else until_s
         while True:
-            file = self._file or await self._wait_up(until_s)
+            file = self._tie.file or await self._wait_up(until_s)
             try:
                 return await ask(file)
             except LostError as why:
-                self._lost(file, why)
+                self._tie.lost(file, why)
                 if not self.authoritative:
                     raise
 
     async def _wait_up(self, until_s: float) -> RemoteFile:
-        """Return the file once it is open again. Raises UnreachableError when that takes long."""
-        while self._file is None:
-            if self.failed:  # ESTALE: no job need try this target again
-                raise OSError(errno.EIO if self.authoritative else errno.ESTALE, self.reason)
-            if self._closed:
-                raise OSError(errno.EBADF, "the disk is closed")
-            if self._denied is not None and not self.authoritative and not self.door.changed():
-                raise OSError(self._denied.errno, self._denied.strerror)
-            waiting: asyncio.Future[None] = self._loop.create_future()
-            self._up.append(waiting)
-            timer = self._loop.call_at(until_s, _end_wait, waiting)
-            try:
-                await waiting
-            except TimeoutError as error:
-                raise self._unreachable() from error
-            finally:
-                timer.cancel()
-        return self._file
+        return await self._tie.wait(until_s, patient=self.authoritative)
 
-    def _unreachable(self) -> UnreachableError:
-        return UnreachableError(f"{self.door.where} could not be reached in time: {self.reason}")
-
-    def _lost(self, file: RemoteFile, why: LostError) -> None:
-        """The connection of `file` is lost. Idempotent."""
-        if self._file is not file:
-            return
-        self._file = None
-        self._former = file
-        self._life += 1
-        self.reason = why.strerror
+    def _was_lost(self) -> None:
         if self._written > self._durable and not self.authoritative:
             self._suspect = True
-        log.warning("connection lost server=%s error=%s", self.door.where, why.strerror)
-        wanted = self._closing is None or self._users  # who had begun before `close` goes on
-        if wanted and (self._recovery is None or self._recovery.done()):
-            self._recovery = self._loop.create_task(self._recover())
 
-    async def _recover(self) -> None:
-        """Open the file again, however long it takes, and bring it to where it was."""
-        delay_s = 0.0
-        while self._file is None and not self.failed:
-            await asyncio.sleep(delay_s)
-            delay_s = min(max(2 * delay_s, RETRY_FIRST_S), RETRY_MAX_S)
-            try:
-                await self._resume(await self.door.reopen(self._former))
-                delay_s = 0.0
-            except DeniedError as why:
-                self.reason = why.strerror
-                self._denied = why
-                self._wake()  # a target's requests needn't wait for this
-                await self._changed()
-            except OSError as why:
-                self.reason = why.strerror
-
-    async def _changed(self) -> None:
-        """Return when it may be worth asking again after the server said no."""
-        for _ in range(round(DENIED_RETRY_S / DENIED_LOOK_S)):
-            if self.door.changed():
-                break
-            await asyncio.sleep(DENIED_LOOK_S)
-        self._denied = None
-
-    async def _resume(self, file: RemoteFile) -> None:
-        """Prove, replay and flush; then requests go on, or fail for good."""
-        try:
-            doubt = await self._doubt(file)
-            if doubt is None and self.authoritative and not self._read_only:
-                await self._replay(file)
-        except BaseException:
-            await asyncio.shield(file.close())
-            raise
-        if doubt is not None:
-            await file.close()
-            self.failed = True
-            self.reason = doubt
-            log.error("storage failed server=%s reason=%s", self.door.where, doubt)
-        else:
-            # no await below
-            self._file = file
-            self.reason = None
-            log.warning("connected again server=%s", self.door.where)
-            file.when_lost(lambda why: self._lost(file, why))
-        self._wake()
+    async def _trial(self, file: RemoteFile) -> str | None:
+        """Prove and replay; return why the file is refused for good."""
+        doubt = await self._doubt(file)
+        if doubt is None and self.authoritative and not self._read_only:
+            await self._replay(file)
+        return doubt
 
     async def _doubt(self, file: RemoteFile) -> str | None:
         """Return why this may not be the file that was open before, if so."""
@@ -571,8 +492,3 @@ class SteadyBackend(Backend):
     def _check_writable(self) -> None:
         if self._read_only:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
-def _end_wait(waiting: asyncio.Future[None]) -> None:
-    if not waiting.done():
-        waiting.set_exception(TimeoutError())

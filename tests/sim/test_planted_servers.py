@@ -71,15 +71,15 @@ def an_answer_of_an_earlier_life_is_believed(patch: pytest.MonkeyPatch) -> None:
     async def carry_out(self: SteadyBackend, change: Change) -> None:
         until_s = self._until_s()
         while True:
-            file = self._file or await self._wait_up(until_s)
-            life = self._life
+            file = self._tie.file or await self._wait_up(until_s)
+            life = self._tie.life
             change.sent = True
             try:
                 await apply(file, change, through=change.fua)
             except LostError as why:
-                self._lost(file, why)
+                self._tie.lost(file, why)
                 continue
-            if life == self._life:
+            if life == self._tie.life:
                 self._kept.add(change)
             return
 

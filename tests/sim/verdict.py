@@ -72,7 +72,7 @@ def verdict(machine: Machine) -> str | None:
 def _check_tampered(machine: Machine) -> str | None:
     for file in machine.tampered:
         backend = file.backend
-        if file.tampered and backend is not None and backend._file is not None:
+        if file.tampered and backend is not None and backend._tie.file is not None:
             return "it serves what is not its own"
     return None
 
