@@ -53,7 +53,7 @@ FAULTY = {
     "source-place": ("retire", "delete", "dirsync"),
 }
 COMMANDS = ("pause", "resume", "cancel", "cutover", "limit", "stop")
-SERVED = 0.25  # share of the runs with a side on a server
+SERVED = 0.2  # share of the runs with a side on a server
 # Where a loss of a server is worth most.
 LOSSES = (
     ("source", "write"),
@@ -185,7 +185,7 @@ def serve(rng: random.Random, scenario: Scenario, sides: tuple[str, ...] = ()) -
         scenario.eager[f"{side}-server"] = rng.choice((0.0, scenario.eager[side]))
     if rng.random() < 0.6:  # a guest whose server is the target's
         think_s = rng.choice((0.0, 0.005, 0.03))
-        late = Load(rng.choice((40, 80)), rng.choice((1, 3, 6)), think_s, rng.random(), late=True)
+        late = Load(rng.choice((30, 60)), rng.choice((1, 3, 6)), think_s, rng.random(), late=True)
         scenario.loads = [*scenario.loads, late]
 
 
