@@ -103,7 +103,10 @@ def _share(share: Share) -> str:
         said.append(f"encryption {share.encryption}, signing {share.signing}")
         said.append(f"{share.channels} channel{'' if share.channels == 1 else 's'}")
         said.append(f"{share.handle} handle")
-    said.append(f"a guest waits up to {share.io_timeout_s:g} s for it")
+    if share.state == "failed":
+        said.append("every request fails")
+    else:
+        said.append(f"a guest waits up to {share.io_timeout_s:g} s for it")
     if share.weaknesses:
         said.append(f"WEAK: {', '.join(share.weaknesses)}")
     return "; ".join(said)

@@ -40,15 +40,19 @@ from mirrord.service import logs, state
 from mirrord.service.channel import ChannelServer, Verb
 from mirrord.service.logs import fields
 from mirrord.service.mover import Mover
+from mirrord.service.places import is_share
 from mirrord.service.shares import ShareConfig, decode_shares
 from mirrord.service.state import Directories, DiskRecord
 from mirrord.storage.backend import UnreachableError
+from mirrord.storage.remote import LostError
 
 log = logging.getLogger(__name__)
 
 # Told to end: requests in flight have this long, the last flush and the rest of ten seconds too.
 STOP_DEADLINE_S = 7.0
 FLUSH_DEADLINE_S = 2.0
+# Detaching waits so long for what was written to become durable.
+DETACH_FLUSH_S = 5.0
 # The contract is ten seconds from the signal to the end.
 END_DEADLINE_S = 9.5
 REFUSED_EXIT_CODE = RefusedError.exit_code
@@ -101,6 +105,11 @@ class DiskProcess:
         )
         await self._mover.open()
         self._server = NbdServer(self._mover.disk, limits=self._limits)
+
+    @property
+    def on_share(self) -> bool:
+        """Whether the disk lies on a share, once its record was read."""
+        return is_share(self._record.location)
 
     def _read_record(self) -> DiskRecord:
         directory = self._directories.disk(self._name)
@@ -171,8 +180,27 @@ class DiskProcess:
             raise RefusedError(
                 "job-running", f"disk {self._name} is being moved; cancel the move first"
             )
+        await self._flush(force=bool(params.get("force")))
         await asyncio.to_thread(self._forget)
         self._detached.set()
+
+    async def _flush(self, *, force: bool) -> None:
+        """Make durable what was acknowledged, before the disk is forgotten."""
+        share = self._mover.status(0).share
+        if share is not None and share.state != "connected" and not share.unflushed_bytes:
+            return  # its server is away, and owes nothing
+        try:
+            async with asyncio.timeout(DETACH_FLUSH_S):
+                await self._mover.disk.flush()
+        except (TimeoutError, OSError) as error:
+            if not force:
+                raise RefusedError(
+                    "not-flushed",
+                    f"what was written to disk {self._name} can't be made durable "
+                    f"({error or 'its storage does not answer'}): wait until its storage is well, "
+                    "or give that up with --force",
+                ) from error
+            log.error("detached unflushed %s", fields(disk=self._name, error=error))
 
     def _forget(self) -> None:
         directory = self._directories.disk(self._name)
@@ -189,13 +217,17 @@ async def _live(options: argparse.Namespace) -> int:
         await process.open()
         await asyncio.to_thread(process.confirm)
         await process.serve()
-    except UnreachableError as error:
+    except (UnreachableError, LostError) as error:
         problem = Problem("unreachable", error.strerror or f"disk {options.name} is out of reach")
         log.warning("unreachable %s", fields(disk=options.name, reason=error.strerror))
         _report(options.report_fd, Report(unreachable=problem))
         return UNREACHABLE_EXIT_CODE
     except (MirrordError, OSError) as error:
         problem = _problem(options.name, error)
+        if problem.code == "in-use" and process.on_share:
+            # Our own handle, of a process whose end the server has not noticed yet, perhaps.
+            _report(options.report_fd, Report(unreachable=problem))
+            return UNREACHABLE_EXIT_CODE
         log.error("refused %s", fields(disk=options.name, reason=problem.message))
         _report(options.report_fd, Report(problem))
         return REFUSED_EXIT_CODE

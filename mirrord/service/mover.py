@@ -27,7 +27,7 @@ from mirrord.engine.surroundings import Surroundings
 from mirrord.errors import DamagedError, MirrordError, RefusedError
 from mirrord.service import history, state
 from mirrord.service.logs import fields
-from mirrord.service.places import PlaceFactory
+from mirrord.service.places import PlaceFactory, is_share
 from mirrord.service.shares import ShareConfig
 from mirrord.service.state import Directories, DiskRecord, JobRecord
 from mirrord.storage.backend import Backend, Cache, Place
@@ -222,7 +222,14 @@ class Mover:
             async with asyncio.timeout(flush_s):
                 await self.disk.flush()
         except (TimeoutError, OSError) as error:
-            log.error("last flush failed %s", fields(disk=self._record.name, error=error))
+            why = str(error) or f"no answer within {flush_s:g} s"
+            log.error("last flush failed %s", fields(disk=self._record.name, error=why))
+        if is_share(self._place.location):  # the server would keep our handle for minutes
+            try:
+                async with asyncio.timeout(flush_s):
+                    await self.disk.backend.close()
+            except (TimeoutError, OSError) as error:
+                log.info("handle not closed %s", fields(disk=self._record.name, error=error))
 
     # What the daemon asks.
 

@@ -71,7 +71,7 @@ class Request:
 
     __slots__ = (
         "body", "command", "control", "data", "owner", "payload_bytes", "pending", "replays",
-        "room", "sent_s", "tree_id",
+        "room", "sent_s", "sequence", "tree_id",
     )  # fmt: skip
 
     def __init__(
@@ -96,6 +96,7 @@ class Request:
         self.room = room
         self.control: wire.Header | None = None  # of smbprotocol's own message
         self.pending = False  # the server said that it takes long
+        self.sequence = 0  # the channel sequence that it was sent under
         self.replays = 0  # how often it was asked again, without knowing what became of it
         self.sent_s = 0.0
 
@@ -269,6 +270,7 @@ class Channel:
         if not self._pending:
             self.heard_s = now_s
         request.sent_s = now_s
+        request.sequence = self.sequence
         request.pending = False
         self._pending[message_id] = request
         if request.control is not None:

@@ -163,6 +163,15 @@ def oplock_ack_body(file_id: bytes, level: int) -> bytes:
     return _OPLOCK_BREAK.pack(24, level, 0, 0, file_id)
 
 
+_FILE_ID_AT: Final = {READ: 16, WRITE: 16, FLUSH: 8, IOCTL: 8}
+
+
+def file_id_of(command: int, body: bytes) -> bytes:
+    """Return which file a request of ours is about; none for what is about no file."""
+    at = _FILE_ID_AT.get(command)
+    return b"" if at is None else body[at : at + 16]
+
+
 # Replies. Each takes the message from its header on.
 
 

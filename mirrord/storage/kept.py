@@ -16,7 +16,7 @@ from xxhash import xxh3_64_intdigest
 from mirrord.core.geometry import KIB, MIB, split
 from mirrord.core.ranges import RangeLocks, Ticket
 from mirrord.storage.backend import Buffer
-from mirrord.storage.remote import RemoteFile
+from mirrord.storage.remote import LostError, RemoteFile
 
 SAMPLES_MAX: Final = 128  # of what was flushed: a quarter of a second to read back, at worst
 SAMPLE_BYTES_MAX: Final = 64 * KIB
@@ -27,7 +27,10 @@ _ZEROES = bytes(ZERO_PIECE_BYTES)
 class Change:
     """A change of a range, which may be repeated. `data` None makes zeroes."""
 
-    __slots__ = ("again", "data", "fua", "landed", "length", "offset", "punch", "sent")
+    __slots__ = (
+        "acknowledged", "again", "data", "fua", "landed", "length", "offset", "punch", "refused",
+        "sent", "whole",
+    )  # fmt: skip
 
     def __init__(
         self, offset: int, length: int, data: Buffer | None, *, fua: bool, punch: bool = True
@@ -37,7 +40,10 @@ class Change:
         self.data = data
         self.fua = fua
         self.punch = punch
+        self.whole = self  # what it is a part of
         self.sent = False  # the server may have heard of it
+        self.acknowledged = False  # the guest was told that it is done
+        self.refused: OSError | None = None  # by the server, when the replay repeated it
         self.landed = False  # the replay has repeated it
         self.again = True  # a replay repeats it: not when the server has said no
 
@@ -47,7 +53,9 @@ class Change:
             return self
         at = start - self.offset
         data = None if self.data is None else memoryview(self.data)[at : at + stop - start]
-        return Change(start, stop - start, data, fua=self.fua, punch=self.punch)
+        part = Change(start, stop - start, data, fua=self.fua, punch=self.punch)
+        part.whole = self.whole
+        return part
 
     @property
     def cost(self) -> int:
@@ -188,6 +196,19 @@ async def apply(file: RemoteFile, change: Change, *, through: bool) -> None:
             await file.write(at, _ZEROES[:count] if count < ZERO_PIECE_BYTES else _ZEROES)
     if through:
         await file.flush()
+
+
+async def repeat(file: RemoteFile, change: Change) -> None:
+    """Carry a change out again. One that was never acknowledged may be refused: it alone fails."""
+    try:
+        await apply(file, change, through=False)
+    except LostError:
+        raise
+    except OSError as error:
+        if change.whole.acknowledged:
+            raise
+        change.whole.refused = error
+        change.whole.again = False
 
 
 def touched(changes: Iterable[Change], offset: int, length: int) -> bool:

@@ -34,7 +34,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, TypeVar, cast
+from typing import Final, TypeVar
 
 from xxhash import xxh3_64_intdigest
 
@@ -49,6 +49,7 @@ from mirrord.storage.kept import (
     Samples,
     apply,
     latest,
+    repeat,
     touched,
 )
 from mirrord.storage.memory_pool import constant
@@ -288,6 +289,8 @@ class SteadyBackend(Backend):
             file = self._tie.file or await self._wait_up(until_s)
             if change.landed:  # by the replay, and flushed
                 return
+            if change.refused is not None:  # by the replay's server
+                raise change.refused
             life = self._tie.life
             change.sent = True
             try:
@@ -297,6 +300,7 @@ class SteadyBackend(Backend):
                 continue
             if life == self._tie.life:
                 break
+        change.acknowledged = True
         if self.settings.write_through:
             return
         self._kept.add(change)
@@ -372,11 +376,11 @@ class SteadyBackend(Backend):
         if len(self._kept) + len(self._flying) > NEWER_MAX:
             return
         for change in gone[-SAMPLES_MAX // 4 :]:
-            # One of the same flush, before it, may have been overwritten by this one.
+            # One of the same flush may be overwritten by this one; a refused one is not there.
             self._samples.forget(change.offset, change.length)
-            known = change.data is not None and change.length <= SAMPLE_BYTES_MAX
-            if known and not self._is_changing(change):
-                self._samples.learn(change.offset, cast(Buffer, change.data))
+            known = change.acknowledged and change.length <= SAMPLE_BYTES_MAX
+            if known and change.data is not None and not self._is_changing(change):
+                self._samples.learn(change.offset, change.data)
 
     def _is_changing(self, change: Change) -> bool:
         """Tell whether something newer was written, or is being written, to the range."""
@@ -389,10 +393,8 @@ class SteadyBackend(Backend):
         """Flush, so that less has to be kept. A failure becomes that of the guest's next flush."""
         try:
             await self._flush_kept()
-        except UnreachableError as error:
-            log.warning("flush not possible server=%s error=%s", self.door.where, error)
         except OSError as error:
-            log.warning("flush failed server=%s error=%s", self.door.where, error)
+            log.warning("flush not possible server=%s error=%s", self.door.where, error)
         finally:
             self._relief = None
 
@@ -406,8 +408,6 @@ class SteadyBackend(Backend):
     def _refuse_if_poisoned(self) -> None:
         if self._poisoned is not None:
             raise OSError(errno.EIO, f"an earlier flush failed: {self._poisoned.strerror}")
-
-    # The connection.
 
     def _until_s(self) -> float:
         limit_s = self.settings.io_timeout_s if self.authoritative else self.settings.target_wait_s
@@ -473,11 +473,16 @@ class SteadyBackend(Backend):
         """Repeat what a restarted server may have forgotten, then what was in flight."""
         mark, flying = self._kept.mark(), list(self._flying.values())
         for change in latest((*self._kept, *flying)):
-            await apply(file, change, through=False)
-        await file.flush()
+            await repeat(file, change)
+        try:
+            await file.flush()
+        except OSError as error:
+            if not self._settled and not isinstance(error, LostError):
+                self._poisoned = self._poisoned or error  # of what nobody keeps
+            raise
         # no await below: what is repeated here is acknowledged by whoever waits
         for change in flying:
-            change.landed = True
+            change.landed = change.refused is None
         self._flushed(mark)
 
     async def _used(self, work: Awaitable[T]) -> T:

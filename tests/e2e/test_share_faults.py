@@ -17,7 +17,7 @@ import pytest
 from tests.daemon import Daemon
 from tests.e2e.test_directions import MIB, SIZE_BYTES, fill, read_all
 from tests.helpers import eventually
-from tests.nbd_writer import Writer
+from tests.nbd_writer import BLOCK_BYTES, WRITE, Client, Writer
 from tests.samba import Samba
 from tests.shares import keep_password, leftovers, section
 from tests.smb_fixtures import make_samba
@@ -165,6 +165,31 @@ def test_a_server_that_is_away_too_long_is_an_error_and_then_is_well_again(start
         lambda: daemon.json("show", "vm")["share"]["state"] == "connected",
         what="show says that the server is back",
     )
+
+
+def test_a_disk_with_unflushed_writes_is_not_let_go_while_its_server_is_away(start: Any) -> None:
+    samba, daemon = start()
+    daemon.expect_log("detached unflushed", "last flush failed")
+    samba.put("vm.raw", b"", SIZE_BYTES)
+    client = Client(daemon.attach("vm", samba.url("vm.raw")), "vm")
+    client.send(WRITE, 1, 0, BLOCK_BYTES, b"w" * BLOCK_BYTES)
+    assert client.receive() == (1, 0)
+    client.close()
+    samba.kill_all()
+    done = daemon.run("detach", "vm", "--json")
+    assert done.returncode == 4
+    assert "not-flushed" in done.stderr
+    samba.start(rebooted=True)
+    eventually(
+        lambda: daemon.json("show", "vm")["share"]["state"] == "connected", what="it is back"
+    )
+    daemon.json("detach", "vm")
+    assert samba.file("vm.raw").read_bytes()[:BLOCK_BYTES] == b"w" * BLOCK_BYTES
+
+    daemon.attach("vm", samba.url("vm.raw"))
+    samba.kill_all()
+    eventually(lambda: daemon.json("show", "vm")["share"]["state"] == "away", what="it is away")
+    daemon.json("detach", "vm")  # nothing is owed
 
 
 def test_a_disk_waits_for_a_server_that_is_away_at_its_start(start: Any) -> None:

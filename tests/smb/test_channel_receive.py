@@ -155,6 +155,19 @@ def test_a_long_read_goes_straight_into_memory_of_its_own(kind: Kind) -> None:
 
 
 @SPLITTING
+def test_a_long_read_goes_where_its_request_has_room(kind: Kind) -> None:
+    memory = Memory()
+    channel, peer = asking(kind, allocate=memory)
+    whole = bytearray(LONG + 10)
+    (request,) = channel._pending.values()
+    request.room = (whole, memoryview(whole)[10:])
+    (reply,) = feed(channel, framed(peer.close(answer(wire.READ, 1, read_body(pattern(LONG))))))
+    assert reply.payload is request.room[1]
+    assert bytes(whole[10:]) == pattern(LONG)
+    assert memory.made == []
+
+
+@SPLITTING
 @pytest.mark.parametrize("at", [100, LONG])
 def test_a_long_read_that_was_changed_is_refused(kind: Kind, at: int) -> None:
     channel, peer = asking(kind)

@@ -303,4 +303,10 @@ def test_a_resume_key_has_24_bytes() -> None:
 
 
 def test_extents_are_duplicated_by_the_file_that_has_them() -> None:
+    bodies = {
+        wire.READ: wire.read_body(FILE, 1, 2), wire.WRITE: wire.write_body(FILE, 1, 2),
+        wire.FLUSH: wire.flush_body(FILE), wire.IOCTL: wire.ioctl_body(FILE, 1, b"", 0),
+    }  # fmt: skip
+    assert {wire.file_id_of(command, body) for command, body in bodies.items()} == {FILE}
+    assert wire.file_id_of(wire.ECHO, wire.echo_body()) == b""
     assert wire.duplicate_extents(FILE, 1, 2, 3) == FILE + Struct("<QQQ").pack(1, 2, 3)

@@ -17,6 +17,7 @@ from mirrord.smb.seal import Encrypted
 from mirrord.storage.backend import Cache
 from mirrord.storage.memory import open_memory
 from mirrord.storage.smb.file import ShareFile
+from mirrord.storage.smb.line import Line
 from mirrord.storage.steady import SteadyBackend
 from tests.helpers import eventually_async
 from tests.samba import Samba
@@ -239,3 +240,45 @@ class TestNumbers:
         finally:
             for one in held:
                 os.close(one)
+
+
+async def test_a_repetition_waits_until_the_server_knows_of_the_new_sequence(
+    make_samba: Callable[..., Samba], make_client: MakeClient, expect_log: Callable[..., None]
+) -> None:
+    """The request that brings a new sequence is never held back, so it must change nothing: else a
+    write that the server is still at lands after its own repetition, and after what came next."""
+    expect_log("channel lost", "channel restored")
+    samba = make_samba()
+    samba.put("disk.raw", bytes(MIB))
+    client = make_client(samba, channels=2)
+    backend = await client.open("disk.raw", authoritative=True)
+    session = await client.session()
+    await eventually_async(lambda: session.channels == 2, what="both channels are there")
+    sent: list[tuple[int, int]] = []
+    lines = [seat.line for seat in session._seats]
+    for line in lines:
+        line.submit = _recorded(line.submit, sent)  # type: ignore[method-assign]
+    samba.pause()
+    writing = asyncio.ensure_future(backend.write(0, b"w" * 4096))
+
+    def at_it() -> list[Line]:
+        pending = [(line, line.channel._pending.values()) for line in lines]
+        return [line for line, asked in pending if any(r.command == wire.WRITE for r in asked)]
+
+    await eventually_async(at_it, what="the write is in flight")
+    sent.clear()
+    at_it()[0].lose("cut off")
+    samba.go_on()
+    await writing
+    asked = [command for command, _ in sent if command in (wire.READ, wire.WRITE)]
+    assert asked[0] == wire.READ
+    assert (wire.WRITE, 1) in sent
+    assert bytes(await backend.read(0, 4096)) == b"w" * 4096
+
+
+def _recorded(submit: Callable[[Request], None], sent: list[tuple[int, int]]) -> Any:
+    def record(request: Request) -> None:
+        sent.append((request.command, request.replays))
+        submit(request)
+
+    return record

@@ -61,8 +61,9 @@ def _memory(length: int) -> tuple[Buffer, memoryview]:
 
 
 class Line(asyncio.BufferedProtocol):
-    """One connection. `on_lost` gets the reason and every unanswered request, once; `on_held` a
-    repetition that has to be asked once more, since the server is still at what came before."""
+    """One connection. `on_lost` gets the reason and every unanswered request, once; `on_held` one
+    that has to be asked once more: it was not done, since its sequence is an old one by now, or
+    since the server is still at what came before it."""
 
     def __init__(
         self,
@@ -221,7 +222,8 @@ class Line(asyncio.BufferedProtocol):
         if request.control is not None:
             self.greetings.put(bytes(reply.message))
         elif request.owner is not None:
-            if reply.status == st.FILE_NOT_AVAILABLE and 0 < request.replays < REPLAYS_MAX:
+            stale = request.sequence != self.channel.sequence or request.replays > 0
+            if reply.status == st.FILE_NOT_AVAILABLE and stale and request.replays < REPLAYS_MAX:
                 self._loop.call_later(REPLAY_S, self._on_held, request)
             else:
                 _settle(request, reply)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar, cast
@@ -29,8 +30,11 @@ from mirrord.storage.smb import control
 from mirrord.storage.smb.control import Facts, Handle
 from mirrord.storage.smb.door import Desk, File, ShareDoor, as_file, identity_of, open_file
 from mirrord.storage.smb.server import PATIENCE_S, ShareServer
+from mirrord.storage.smb.trouble import not_creatable, unopened
 from mirrord.storage.smb.work import to_the_end
 from mirrord.storage.steady import SteadyBackend, SteadySettings
+
+log = logging.getLogger(__name__)
 
 # A handle that a killed process held is given back when its connection is gone: a moment later.
 LOCK_RETRY_S: Final = 0.2
@@ -75,22 +79,22 @@ class SharePlace(Place):
         return await self._step(self._find(job_id, identity), _give_back)
 
     async def publish(self, job_id: str) -> None:
-        await self._step(self._publish(job_id))
+        await self._step(self._insist(lambda: self._publish(job_id)))
 
     async def withdraw(self, job_id: str) -> None:
-        await self._step(self._withdraw(job_id))
+        await self._step(self._insist(lambda: self._withdraw(job_id)))
 
     async def discard(self, job_id: str, identity: Identity | None = None) -> None:
-        await self._step(self._discard(job_id, identity))
+        await self._step(self._insist(lambda: self._discard(job_id, identity)))
 
     async def confirm(self, job_id: str, identity: Identity) -> str | None:
-        return await self._step(self._confirm(identity))
+        return await self._step(self._insist(lambda: self._confirm(identity)))
 
     async def retire(self, job_id: str, identity: Identity, *, wipe: bool = False) -> str | None:
-        return await self._step(self._retire(job_id, identity))
+        return await self._step(self._insist(lambda: self._retire(job_id, identity)))
 
     async def delete_retired(self, job_id: str, identity: Identity) -> None:
-        await self._step(self._delete_retired(job_id, identity))
+        await self._step(self._insist(lambda: self._delete_retired(job_id, identity)))
 
     async def _step(
         self,
@@ -110,6 +114,17 @@ class SharePlace(Place):
             return await step
         finally:
             self._steps.release()
+
+    async def _insist(self, step: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Begin again what a lost connection ended, for a while: it may be repeated."""
+        until_s = asyncio.get_running_loop().time() + PATIENCE_S
+        while True:
+            try:
+                return await step()
+            except LostError:
+                if asyncio.get_running_loop().time() >= until_s:
+                    raise
+            await asyncio.sleep(LOCK_RETRY_S)
 
     # The share.
 
@@ -158,20 +173,8 @@ class SharePlace(Place):
             except OSError as error:
                 busy = error.errno == errno.EBUSY
                 if not busy or asyncio.get_running_loop().time() > until_s:
-                    raise self._unopened(error) from error
+                    raise unopened(self.location, error) from error
             await asyncio.sleep(LOCK_RETRY_S)
-
-    def _unopened(self, error: OSError) -> RefusedError:
-        known = {
-            errno.ENOENT: ("location-missing", "doesn't exist: check the path"),
-            errno.EBUSY: ("in-use", "is in use by another client: stop that first"),
-            errno.EISDIR: ("is-directory", "is a folder: name a file"),
-            errno.EACCES: ("unreadable", "can't be opened by this user: check its permissions"),
-        }
-        code, reason = known.get(
-            error.errno or 0, ("unreadable", f"can't be opened ({error.strerror})")
-        )
-        return RefusedError(code, f"{self.location} {reason}")
 
     def _steady(self, file: File, *, read_only: bool = False) -> SteadyBackend:
         settings = self._server.settings
@@ -197,7 +200,7 @@ class SharePlace(Place):
             except (LostError, DeniedError):
                 raise
             except OSError as error:
-                raise self._not_creatable(error) from error
+                raise not_creatable(self._at, error) from error
 
     async def _settle(self, desk: Desk, source: Backend) -> None:
         """Turn a folder's location into that of a file in it; refuse a name that is taken."""
@@ -254,48 +257,47 @@ class SharePlace(Place):
                 f"({available} bytes): free some, or use --force",
             )
 
-    def _not_creatable(self, error: OSError) -> RefusedError:
-        folder = self._at.folder or self._at.share
-        known = {
-            errno.EEXIST: ("target-exists", "its temporary name is taken: discard the old job"),
-            errno.ENOENT: ("directory-missing", f"there is no folder {folder}: create it first"),
-            errno.ENOTDIR: ("directory-missing", f"{folder} is not a folder: name another"),
-            errno.EACCES: ("directory-not-writable", f"this user can't write to {folder}"),
-            errno.EROFS: ("directory-not-writable", f"{folder} is read-only"),
-            errno.ENOSPC: ("no-space", "the server's file system is full: free some space"),
-            errno.EDQUOT: ("no-space", "the quota is used up: free some space"),
-            errno.EFBIG: (
-                "too-large",
-                "the server takes no file of that size, or would allocate all of it and is full",
-            ),
-            errno.EINVAL: ("bad-name", "the server doesn't take that name: choose another"),
-        }
-        code, reason = known.get(
-            error.errno or 0, ("target-unusable", f"{error.strerror}: choose another target")
-        )
-        return RefusedError(code, f"{self.location} can't be created: {reason}")
-
     async def _create(self, job_id: str, source: Backend) -> Backend:
         async with self._refusing() as desk:
             try:
                 await self._settle(desk, source)
-                part = self._part(job_id)
-                handle = await desk.ask(
-                    control.open_handle, part, control.WRITE, create=True, durable=True
-                )
-                try:
-                    file = await self._prepare(desk, handle, part, source.size)
-                except BaseException:
-                    await desk.ask(control.dispose, handle)
-                    await desk.ask(control.close, handle)
-                    raise
-                await self._flush_folder(desk)
+                file = await self._make(desk, self._part(job_id), source.size)
             except (LostError, DeniedError):
                 raise
             except OSError as error:
-                raise self._not_creatable(error) from error
+                raise not_creatable(self._at, error) from error
         self._target = self._steady(file)
         return self._target
+
+    async def _make(self, desk: Desk, part: str, size: int) -> File:
+        """Make the target's file; it is gone again when that fails, however it does."""
+        made = False
+        try:
+            handle = await desk.ask(
+                control.open_handle, part, control.WRITE, create=True, durable=True
+            )
+            made = True
+            file = await self._prepare(desk, handle, part, size)
+            await self._flush_folder(desk)
+        except BaseException as error:
+            if made or isinstance(error, LostError):
+                await self._unmake(desk, part, handle if made else None)
+            raise
+        return file
+
+    async def _unmake(self, desk: Desk, part: str, handle: Handle | None) -> None:
+        try:
+            if handle is not None:
+                await desk.ask(control.dispose, handle)
+                await desk.ask(control.close, handle)
+                return
+        except OSError:
+            pass  # the connection is lost: by another one, then
+        try:
+            async with self._desk(FIND_PATIENCE_S) as again:
+                await self._remove(again, part, None)
+        except OSError as error:
+            log.warning("part left over location=%s error=%s", self.location, error.strerror)
 
     async def _prepare(self, desk: Desk, handle: Handle, part: str, size: int) -> File:
         """Make a new file as large as the source, of holes, durable."""
@@ -352,7 +354,8 @@ class SharePlace(Place):
                     raise FileNotFoundError(errno.ENOENT, "the target's file is gone", old)
                 file = cast(File, target.connected())
                 door.paths = [new, old]
-                await desk.ask(control.rename, file.handle, new)
+                # by the session that the handle is of
+                await file.session.control(control.rename, file.tree.share, file.handle, new)
             door.paths = [new]
             await self._flush_folder(desk)
 
@@ -371,6 +374,8 @@ class SharePlace(Place):
         try:
             async with self._desk() as desk:
                 found = await self._look(desk, self._at.path)
+        except LostError:
+            raise
         except OSError as error:
             return f"the target {self.location} can't be looked at ({error.strerror})"
         if found is None:

@@ -51,6 +51,7 @@ class PlainSession:
         self._connection: Connection
         self._session: Session
         self._trees: dict[str, Tree] = {}
+        self._planting = asyncio.Lock()
         self._one = asyncio.Lock()
         self._ears: list[Callable[[LostError], None]] = []
 
@@ -102,6 +103,10 @@ class PlainSession:
 
     async def tree(self, share: str) -> Tree:
         """As `ShareSession.tree`."""
+        async with self._planting:
+            return await self._tree(share)
+
+    async def _tree(self, share: str) -> Tree:
         found = self._trees.get(share.casefold())
         if found is None:
             made = TreeConnect(self._session, rf"\\{self._connection.server_name}\{share}")

@@ -97,6 +97,7 @@ class ShareSession:
         self.sequence = sequence  # ChannelSequence: it grows with each lost line
         self._session: Session
         self._trees: dict[str, Tree] = {}
+        self._planting = asyncio.Lock()
         self._control = asyncio.Lock()
         self._ears: list[Callable[[LostError], None]] = []
         self._break_ears: dict[bytes, Callable[[wire.Break], None]] = {}
@@ -185,6 +186,10 @@ class ShareSession:
 
     async def tree(self, share: str) -> Tree:
         """Connect to a share, once. Raises DeniedError (`share-missing`, `share-denied`)."""
+        async with self._planting:  # or two who ask at once have a tree each, and files on both
+            return await self._tree(share)
+
+    async def _tree(self, share: str) -> Tree:
         found = self._trees.get(share.casefold())
         if found is None:
             path = rf"\\{self._seats[0].connection.server_name}\{share}" if self._seats else share
@@ -267,9 +272,7 @@ class ShareSession:
             self.piece_bytes = min(self.piece_bytes, wire.CREDIT_BYTES)
         seal = dial.seal_of(connection, self._session, encrypt=self.encrypted, seat=seat)
         line.channel.sequence = self.sequence
-        line.start(
-            seal, self.session_id, piece_bytes=self.piece_bytes, multi_credit=multi_credit
-        )
+        line.start(seal, self.session_id, piece_bytes=self.piece_bytes, multi_credit=multi_credit)
         if line.why is not None:
             raise LostError(f"{self.server}: {line.why.strerror}") from line.why
         self._seats.append(seat)
@@ -332,9 +335,8 @@ class ShareSession:
                 seat.line.channel.sequence = self.sequence
             log.warning("channel lost server=%s left=%d error=%s", self.server,
                         len(self._seats), why.strerror)  # fmt: skip
-            for request in left:
-                if request.control is None and request.owner is not None:
-                    self._again(request)
+            mine = [r for r in left if r.control is None and r.owner is not None]
+            self._own(self._repeat(mine))
             if not self._restoring:
                 self._own(self._restore())
             return
@@ -342,6 +344,27 @@ class ShareSession:
             fail(request, LostError(f"{self.server}: {why.strerror}"))
         if gone:
             self._lose(LostError(f"{self.server}: {why.strerror}"))
+
+    async def _repeat(self, requests: list[Request]) -> None:
+        """Ask again what a lost line leaves, once the server knows of the new sequence.
+
+        The request that brings a new sequence is never held back itself (3.3.5.2.10 counts older
+        ones only from then on), so it has to be one that changes nothing.
+        """
+        files = {(r.tree_id, wire.file_id_of(r.command, r.body)) for r in requests}
+        news = [
+            self.ask(Request(wire.READ, wire.read_body(file_id, 0, 1), tree_id=tree_id,
+                             payload_bytes=1))
+            for tree_id, file_id in files if file_id
+        ]  # fmt: skip
+        try:
+            await asyncio.gather(*news, return_exceptions=True)  # any answer will do
+        except asyncio.CancelledError:
+            for request in requests:
+                fail(request, LostError(f"{self.server}: the session has ended"))
+            raise
+        for request in requests:
+            self._again(request)
 
     def _again(self, request: Request) -> None:
         """Ask once more what may have been done: the server holds it back until it knows."""
@@ -378,10 +401,9 @@ class ShareSession:
 
     def _broken(self, line: Line, broken: wire.Break) -> None:
         tell = self._break_ears.get(broken.key)
-        if tell is None:
-            return  # no lease of ours, or no longer
-        tell(broken)
-        if broken.wants_ack:
+        if tell is not None:
+            tell(broken)
+        if broken.wants_ack:  # of a file, too, that is being opened just now, or was given up
             tree_id = next((tree.tree_id for tree in self._trees.values()), 0)
             line.acknowledge(broken, tree_id)
 

@@ -14,8 +14,9 @@ from typing import Final
 
 from smbprotocol.exceptions import SMBAuthenticationError, SMBException, SMBResponseException
 
-from mirrord.errors import ProtocolError
+from mirrord.errors import ProtocolError, RefusedError
 from mirrord.smb import status as st
+from mirrord.smb.location import ShareLocation
 from mirrord.storage.remote import DeniedError, LostError
 
 LOGON_FAILURE: Final = 0xC000006D
@@ -120,3 +121,40 @@ def _answered(number: int, step: Step) -> OSError:
             "SMB 3.1.1 there, or lower `min_dialect`",
         )
     return st.failure(number, f"{step.server}: {step.doing}")
+
+
+def unopened(location: str, error: OSError) -> RefusedError:
+    """Say why a disk on a share can't be opened."""
+    known = {
+        errno.ENOENT: ("location-missing", "doesn't exist: check the path"),
+        errno.EBUSY: ("in-use", "is in use by another client: stop that first"),
+        errno.EISDIR: ("is-directory", "is a folder: name a file"),
+        errno.EACCES: ("unreadable", "can't be opened by this user: check its permissions"),
+    }
+    code, reason = known.get(
+        error.errno or 0, ("unreadable", f"can't be opened ({error.strerror})")
+    )
+    return RefusedError(code, f"{location} {reason}")
+
+
+def not_creatable(at: ShareLocation, error: OSError) -> RefusedError:
+    """Say why a disk can't be made there."""
+    folder = at.folder or at.share
+    known = {
+        errno.EEXIST: ("target-exists", "its temporary name is taken: discard the old job"),
+        errno.ENOENT: ("directory-missing", f"there is no folder {folder}: create it first"),
+        errno.ENOTDIR: ("directory-missing", f"{folder} is not a folder: name another"),
+        errno.EACCES: ("directory-not-writable", f"this user can't write to {folder}"),
+        errno.EROFS: ("directory-not-writable", f"{folder} is read-only"),
+        errno.ENOSPC: ("no-space", "the server's file system is full: free some space"),
+        errno.EDQUOT: ("no-space", "the quota is used up: free some space"),
+        errno.EFBIG: (
+            "too-large",
+            "the server takes no file of that size, or would allocate all of it and is full",
+        ),
+        errno.EINVAL: ("bad-name", "the server doesn't take that name: choose another"),
+    }
+    code, reason = known.get(
+        error.errno or 0, ("target-unusable", f"{error.strerror}: choose another target")
+    )
+    return RefusedError(code, f"{at} can't be created: {reason}")

@@ -1,0 +1,168 @@
+"""What `SteadyBackend` does when a server says no, by a server that is a few lines long.
+
+Losses of every kind are the simulation's; this holds single decisions that a review has found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from mirrord.core.geometry import KIB, MIB, Extent, Status
+from mirrord.storage.backend import Buffer, Capabilities, Identity
+from mirrord.storage.remote import Door, LostError, RemoteFile
+from mirrord.storage.steady import SteadyBackend, SteadySettings
+from tests.helpers import eventually_async
+
+SIZE = MIB
+UPPER = SIZE // 2  # what lies from here on is refused while the server is full
+BLOCK = 4 * KIB
+
+
+class Server:
+    """A disk, and whether there is room in its upper half."""
+
+    def __init__(self) -> None:
+        self.content = bytearray(SIZE)
+        self.full = False
+        self.hanging: asyncio.Future[None] | None = None  # what a write there waits for
+        self.file: File
+
+
+class File(RemoteFile):
+    """One life of the connection."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.size = SIZE
+        self.identity = Identity("smb", 1, 2, SIZE, 3)
+        self.capabilities = Capabilities(True, True, True, True)
+        self._lost: LostError | None = None
+        self._tell: list[Callable[[LostError], None]] = []
+        server.file = self
+
+    def when_lost(self, tell: Callable[[LostError], None]) -> None:
+        self._tell.append(tell)
+
+    def die(self) -> None:
+        """Lose the connection."""
+        self._lost = LostError("cut")
+        if self.server.hanging is not None:
+            self.server.hanging.set_exception(self._lost)
+            self.server.hanging = None
+        for tell in self._tell:
+            tell(self._lost)
+
+    def _alive(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    async def read(self, offset: int, length: int, *, stored: bool = False) -> Buffer:
+        self._alive()
+        return bytes(self.server.content[offset : offset + length])
+
+    async def write(self, offset: int, data: Buffer, *, through: bool = False) -> None:
+        self._alive()
+        if offset >= UPPER and self.server.hanging is not None:
+            await self.server.hanging
+        if offset >= UPPER and self.server.full:
+            raise OSError(errno.ENOSPC, "full")
+        self.server.content[offset : offset + len(data)] = data
+
+    async def zero(self, offset: int, length: int) -> None:
+        self._alive()
+        self.server.content[offset : offset + length] = bytes(length)
+
+    async def flush(self) -> None:
+        self._alive()
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        return [Extent(offset, length, Status.DATA)]
+
+    async def size_now(self) -> int:
+        return SIZE
+
+    async def close(self) -> None:
+        return
+
+
+class Entrance(Door):
+    """Opens the disk again at once."""
+
+    where = "server"
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    async def reopen(self, former: RemoteFile) -> RemoteFile:
+        return File(self._server)
+
+
+@pytest.fixture
+def server(expect_log: Callable[..., None]) -> Server:
+    """A server of this test's own."""
+    expect_log("connection lost", "connected again")
+    return Server()
+
+
+async def authority(server: Server) -> SteadyBackend:
+    """Return a disk that a guest depends on, after its first flush."""
+    backend = SteadyBackend(File(server), Entrance(server), SteadySettings(io_timeout_s=5))
+    backend.authoritative = True
+    await backend.read(0, BLOCK)
+    return backend
+
+
+async def until_back(backend: SteadyBackend) -> None:
+    """Wait until the disk is connected again, or has failed."""
+    await eventually_async(
+        lambda: backend.facts()["state"] != "away", what="the connection is back"
+    )
+
+
+async def test_a_refused_write_proves_nothing_later(server: Server) -> None:
+    backend = await authority(server)
+    server.full = True
+    with pytest.raises(OSError, match="full"):
+        await backend.write(UPPER, b"x" * BLOCK)
+    await backend.flush()
+    server.file.die()
+    await until_back(backend)
+    assert backend.facts()["state"] == "connected", backend.reason
+    assert bytes(await backend.read(UPPER, BLOCK)) == bytes(BLOCK)
+    await backend.close()
+
+
+async def test_a_write_that_the_replay_is_refused_fails_alone(server: Server) -> None:
+    backend = await authority(server)
+    await backend.write(0, b"k" * BLOCK)  # acknowledged, to be repeated
+    server.hanging = asyncio.get_running_loop().create_future()
+    refused = asyncio.ensure_future(backend.write(UPPER, b"x" * BLOCK))
+    await eventually_async(lambda: bool(backend._flying), what="the write is in flight")
+    server.full = True
+    server.content[:BLOCK] = bytes(BLOCK)  # the server forgets
+    server.file.die()
+    assert bytes(await backend.read(0, BLOCK)) == b"k" * BLOCK
+    with pytest.raises(OSError, match="full"):
+        await refused
+    server.file.die()
+    assert bytes(await backend.read(0, BLOCK)) == b"k" * BLOCK
+    assert backend.facts()["state"] == "connected"
+    await backend.close()
+
+
+async def test_an_acknowledged_write_that_is_refused_is_never_given_up(server: Server) -> None:
+    backend = await authority(server)
+    await backend.write(UPPER, b"k" * BLOCK)
+    server.full = True
+    server.content[UPPER : UPPER + BLOCK] = bytes(BLOCK)  # forgotten, and no room to repeat it
+    server.file.die()
+    reading = asyncio.ensure_future(backend.read(UPPER, BLOCK))
+    await eventually_async(lambda: backend.reason == "full", what="the replay is refused")
+    assert not reading.done()
+    server.full = False
+    assert bytes(await reading) == b"k" * BLOCK
+    await backend.close()
