@@ -92,19 +92,36 @@ async def examine(location: str, shares: Mapping[str, ShareConfig]) -> Credentia
     at = parse_location(location)
     config = find_share(shares, at.host, at.port, at.share)
     server = make_server(at, config)
+    trial = f"{at.path if at.is_folder else at.folder}/.mirrord-test-{uuid.uuid4()}".lstrip("/")
+
+    async def desk() -> Desk:
+        session = await server.session()
+        return Desk(session, await session.tree(at.share))
+
     server.use()
     try:
-        session = await server.session()
-        tree = await session.tree(at.share)
-        found = _start(at, config, session.facts(), login_of(config, at.user).user)
-        found |= await _look(Desk(session, tree), at, found)
+        first = await desk()
+        found = _start(at, config, first.session.facts(), login_of(config, at.user).user)
+        try:
+            found |= await _look(first, at, trial)
+        except LostError:
+            await _remove(await desk(), trial)
+            raise
         found["advice"] = _advice(found, config)
     except LostError as error:
         raise RefusedError("unreachable", error.strerror or "the server is away") from error
     finally:
-        if "session" in locals():
-            await session.close()
+        await server.close()
     return msgspec.convert(found, type=CredentialTest)
+
+
+async def _remove(desk: Desk, path: str) -> None:
+    """Remove the file of a test whose connection broke, by another one."""
+    from mirrord.storage.smb import control
+
+    with contextlib.suppress(FileNotFoundError):
+        handle = await desk.ask(control.open_handle, path, control.REMOVE, delete=True)
+        await desk.ask(control.close, handle)
 
 
 def _start(
@@ -120,8 +137,9 @@ def _start(
     }
 
 
-async def _look(desk: Desk, at: ShareLocation, found: dict[str, Any]) -> dict[str, Any]:
-    """Return what the server says of itself, and what a file shows."""
+async def _look(desk: Desk, at: ShareLocation, trial: str) -> dict[str, Any]:
+    """Return what the server says of itself, and what the file `trial` shows."""
+    from mirrord.storage.remote import LostError
     from mirrord.storage.smb import control
 
     share = desk.tree.share
@@ -152,10 +170,12 @@ async def _look(desk: Desk, at: ShareLocation, found: dict[str, Any]) -> dict[st
         said["available_bytes"] = await desk.ask(control.available_bytes, handle)
     await desk.ask(control.close, handle)
     try:
-        said |= await _try_a_file(desk, f"{folder}/.mirrord-test-{uuid.uuid4()}".lstrip("/"))
-    except OSError as error:
-        said["write_error"] = error.strerror
-    return {key: value for key, value in said.items() if key != "write_error"}
+        said |= await _try_a_file(desk, trial)
+    except LostError:
+        raise
+    except OSError:
+        pass  # `writable` says it: this user makes no files there
+    return said
 
 
 async def _try_a_file(desk: Desk, path: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tests.daemon import Daemon
 from tests.samba import Samba, reserve_port
 from tests.shares import keep_password, section
 from tests.storage.places import mounted
+from tests.tcp_proxy import Proxy
 
 MIB = 1 << 20
 
@@ -233,3 +234,19 @@ def test_a_weak_server_is_used_where_that_is_allowed_and_shown(site: Site) -> No
         ]
     finally:
         daemon.close()
+
+
+@pytest.mark.parametrize("count", range(2400, 3800, 350))
+def test_a_test_whose_connection_breaks_leaves_nothing(site: Site, count: int) -> None:
+    before = site.names()
+    with Proxy(site.samba.port) as proxy:
+        daemon = Daemon(section(site.samba, port=proxy.port))
+        try:
+            daemon.start()
+            proxy.cut_after(count, "to_client")
+            done = daemon.run("credential", "test", site.samba.url("", port=proxy.port) + "/")
+        finally:
+            daemon.close()
+    assert done.returncode in (0, 4), done.stderr
+    assert (done.returncode == 0) == ("writable" in done.stdout)
+    assert site.names() == before

@@ -240,10 +240,9 @@ class SharePlace(Place):
         return True
 
     async def _check_folder(self, desk: Desk, needed: int, force: bool) -> None:
-        folder = self._at.folder
         access = control.LOOK | control.ADD_FILE
         handle = await desk.ask(
-            control.open_handle, folder, access, share=control.SHARED, folder=True
+            control.open_handle, self._at.folder, access, share=control.SHARED, folder=True
         )
         try:
             available = await desk.ask(control.available_bytes, handle)
@@ -278,7 +277,6 @@ class SharePlace(Place):
             )
             made = True
             file = await self._prepare(desk, handle, part, size)
-            await self._flush_folder(desk)
         except BaseException as error:
             if made or isinstance(error, LostError):
                 await self._unmake(desk, part, handle if made else None)
@@ -291,8 +289,8 @@ class SharePlace(Place):
                 await desk.ask(control.dispose, handle)
                 await desk.ask(control.close, handle)
                 return
-        except OSError:
-            pass  # the connection is lost: by another one, then
+        except OSError:  # the connection is lost: by another one, then
+            pass
         try:
             async with self._desk(FIND_PATIENCE_S) as again:
                 await self._remove(again, part, None)
@@ -314,6 +312,7 @@ class SharePlace(Place):
         facts = await desk.ask(control.facts, handle)
         if facts.size != size:
             raise OSError(errno.EFBIG, f"the server made a file of {facts.size} bytes")
+        await self._flush_folder(desk)
         return as_file(self._server, desk, handle, facts, part, sparse=sparse)
 
     # The target, while its job lasts.
@@ -323,7 +322,12 @@ class SharePlace(Place):
             for path in (self._part(job_id), self._at.path):
                 if not await self._leads_to(desk, path, identity):
                     continue
-                file = await self._open_patiently(desk, path, False)
+                try:
+                    file = await self._open_patiently(desk, path, False)
+                except RefusedError as error:
+                    if error.code != "in-use":
+                        raise
+                    raise UnreachableError(str(error)) from error  # by a dead process of ours
                 if identity.is_still(file.identity):
                     self._target = self._steady(file)
                     return self._target
