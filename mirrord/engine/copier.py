@@ -41,8 +41,9 @@ DENIED = frozenset({EACCES, EPROTONOSUPPORT})
 class Copier:
     """Copies what the bitmap says.
 
-    `in_process` sends every byte through this process, which digests need; otherwise, or where a
-    server can copy between two of its files, the backends are asked to copy by themselves first.
+    `digests` are taken of what is copied, for which every byte comes through this process;
+    otherwise, or where a server can copy between two of its files, the backends are asked to copy
+    by themselves first.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Copier:
         bucket: TokenBucket,
         share: TokenBucket,
         *,
-        in_process: bool,
+        digests: bool,
         report: Callable[[SideError], None],
         clock: Callable[[], float],
     ) -> None:
@@ -65,7 +66,9 @@ class Copier:
         self._window = window
         self._bucket = bucket
         self._share = share  # what copying gets however much the guest writes, or no move would end
-        self._in_process = in_process and not tracker.target.copies_from(tracker.source)
+        below = not digests or tracker.target.copies_from(tracker.source)
+        self._in_process = not below  # where that doesn't work, it becomes true
+        self._digests = digests
         self._report = report
         self._clock = clock
         self._zeroes = bytes(settings.zero_bytes)
@@ -246,20 +249,22 @@ class Copier:
         extents = await self._extents(offset, length)
         if not self._in_process and await self._copied_below(extents):
             return None
-        hasher = xxh3_64()
+        hasher = xxh3_64() if self._digests else None
         for extent in extents:
             if extent.status is Status.DATA:
                 try:
-                    data = await source.read(extent.offset, extent.length)
+                    data = await source.read_once(extent.offset, extent.length)
                 except OSError as error:
                     raise SourceError(error, "read of the source failed", extent.offset) from error
-                hasher.update(data)
+                if hasher is not None:
+                    hasher.update(data)
                 await self._write(extent.offset, data)
             else:
                 await self._write_zeroes(extent.offset, extent.length)
-                for _, part in split(0, extent.length, len(self._zeroes)):
-                    hasher.update(memoryview(self._zeroes)[:part])
-        return hasher.intdigest()
+                if hasher is not None:
+                    for _, part in split(0, extent.length, len(self._zeroes)):
+                        hasher.update(memoryview(self._zeroes)[:part])
+        return None if hasher is None else hasher.intdigest()
 
     async def _copied_below(self, extents: list[Extent]) -> bool:
         """Have the backends copy; False when one of the extents could not be copied so."""
@@ -307,7 +312,9 @@ class Copier:
             else:
                 try:
                     await self._tracker.asked(
-                        self._tracker.target.write(offset + start, view[start : start + length])
+                        self._tracker.target.write_once(
+                            offset + start, view[start : start + length]
+                        )
                     )
                 except OSError as error:
                     raise TargetError(error, "write to the target failed", offset) from error

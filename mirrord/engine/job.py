@@ -251,7 +251,7 @@ class Job:
         )  # fmt: skip
         self.copier = Copier(
             self.tracker, settings, Window(settings.chunk_bytes), self._bucket, self._share,
-            in_process=self.request.verify == "full", report=self._trouble, clock=self.around.clock,
+            digests=self.request.verify == "full", report=self._trouble, clock=self.around.clock,
         )  # fmt: skip
         self.verifier = Verifier(self.tracker, settings)
         self._copied_before = self.progress.bytes_copied

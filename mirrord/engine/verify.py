@@ -143,7 +143,7 @@ class Verifier:
             return True
         stored = await self._stored(offset, length)
         try:
-            data = await source.read(offset, length)
+            data = await source.read_once(offset, length)
         except OSError as error:
             raise SourceError(error, "read of the source failed", offset) from error
         return bytes(stored) == bytes(data)

@@ -44,6 +44,7 @@ from mirrord.service.places import is_share
 from mirrord.service.shares import ShareConfig, decode_shares
 from mirrord.service.state import Directories, DiskRecord
 from mirrord.storage.backend import UnreachableError
+from mirrord.storage.memory_pool import keep_freed_memory
 from mirrord.storage.remote import LostError
 
 log = logging.getLogger(__name__)
@@ -264,6 +265,7 @@ def main() -> int:
     parser.add_argument("--smb", default="{}")
     options = parser.parse_args()
     logs.set_up(f"disk/{options.name}", options.log_level)
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_live(options))
 

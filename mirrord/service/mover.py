@@ -32,6 +32,7 @@ from mirrord.service.shares import ShareConfig
 from mirrord.service.state import Directories, DiskRecord, JobRecord
 from mirrord.storage.backend import Backend, Cache, Place
 from mirrord.storage.job_files import JobFiles, read_boot_id
+from mirrord.storage.memory_pool import give_freed_memory_back
 
 log = logging.getLogger(__name__)
 
@@ -199,6 +200,7 @@ class Mover:
         self._idle.set()
         self._changed.set()
         self._on_change(self._last)
+        give_freed_memory_back()
 
     def _adopt(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._group is not None

@@ -6,7 +6,6 @@ smbprotocol and cryptography, and prepares the process for both of them.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,16 +16,13 @@ from mirrord.service import credentials
 from mirrord.service.credentials import Secret
 from mirrord.service.shares import ShareConfig, weaknesses
 from mirrord.smb.location import ShareLocation
+from mirrord.storage.memory_pool import keep_freed_memory
 from mirrord.storage.smb.dial import Security
 from mirrord.storage.smb.server import ShareServer
 from mirrord.storage.smb.session import ShareSettings
 
-# glibc gives large buffers back to the kernel at once, and gets them again a moment later: 1,217
-# page faults for each MiB written. Both limits or neither: one alone turns off what glibc adapts.
-_M_TRIM_THRESHOLD: Final = -1
-_M_MMAP_THRESHOLD: Final = -3
-_MMAP_BYTES: Final = 32 << 20
-_TRIM_BYTES: Final = 64 << 20  # stays in the heap at most
+# A disk on a share keeps what isn't flushed, and frees it all at once.
+_KEPT_BYTES: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +86,4 @@ def login_of(config: ShareConfig, user: str) -> ShareLogin:
 def _prepare_process() -> None:
     """Keep secrets from core dumps, and large buffers in the heap. Once a process."""
     credentials.harden_process()
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):  # glibc
-        library.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
-        library.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+    keep_freed_memory(_KEPT_BYTES)

@@ -160,6 +160,21 @@ class Backend(ABC):
         """
         return await self.read(offset, length)
 
+    async def read_once(self, offset: int, length: int) -> Buffer:
+        """Read as `read` does what nobody is expected to want again soon.
+
+        A cache in this machine keeps of it what it held before, so that what a guest keeps warm
+        isn't pushed out by a copy.
+        """
+        return await self.read(offset, length)
+
+    async def write_once(self, offset: int, data: Buffer) -> None:
+        """Write as `write` does what nobody is expected to want again soon.
+
+        A cache in this machine need not keep it, and begins at once to hand it on.
+        """
+        await self.write(offset, data)
+
     async def copy_from(self, source: Backend, offset: int, length: int) -> bool:
         """Copy the range from `source` without moving it through this process, if that works.
 

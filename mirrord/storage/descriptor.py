@@ -27,6 +27,7 @@ import asyncio
 import errno
 import fcntl
 import os
+from collections import deque
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -47,6 +48,16 @@ INLINE_READ_BYTES_MAX = 256 * KIB
 
 # Writes up to this may be done inline (`authoritative`): copying it takes the loop some 15 us.
 INLINE_WRITE_BYTES_MAX = 128 * KIB
+
+# Copied data from this size on leaves the page cache by itself; less is what a guest just wrote.
+ONCE_BYTES_MIN = 64 * KIB
+
+# So many copied pieces are handed to the storage before the first of them is dropped: by then it is
+# stored, and can be.
+BEHIND_MAX = 16
+
+# linux/fs.h since Linux 6.14: start storing at once, and drop the pages afterwards.
+_RWF_DONTCACHE = 0x80
 
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10
 
@@ -88,6 +99,9 @@ class DescriptorBackend(Backend):
         self._punches = capabilities.punches_holes
         self._zeroes_ranges = capabilities.fast_zeroes
         self._no_wait = not self._direct
+        self._drops_behind = not self._direct  # until the kernel or file system says otherwise
+        self._hands_on = not self._direct and capabilities.durable_flush  # then this does it
+        self._behind: deque[tuple[int, int]] = deque()  # handed on and not dropped yet
         self._other_descriptor = -1
         self._other_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -123,6 +137,17 @@ class DescriptorBackend(Backend):
                 data[done:] = await self._use(rest)
                 return data
         return await self._use(self._io.read(self._descriptor, offset, length))
+
+    async def read_once(self, offset: int, length: int) -> Buffer:
+        """Read through the page cache and leave there what was there before."""
+        if self._drops_behind and length >= ONCE_BYTES_MIN:
+            try:
+                return await self._use(
+                    self._io.read(self._descriptor, offset, length, flags=_RWF_DONTCACHE)
+                )
+            except OSError as error:
+                self._keep_behind(error)
+        return await self.read(offset, length)
 
     async def read_stored(self, offset: int, length: int) -> Buffer:
         """Read past the page cache: by O_DIRECT, or after dropping the range from the cache."""
@@ -184,6 +209,30 @@ class DescriptorBackend(Backend):
                 await self._use(self._io.write(self._descriptor, at, rest, dsync=False))
         else:
             await self._use(self._io.write(self._descriptor, offset, data, dsync=fua))
+
+    async def write_once(self, offset: int, data: Buffer) -> None:
+        """Write through the page cache, which hands it on at once and forgets it."""
+        if self._drops_behind and not self.read_only and len(data) >= ONCE_BYTES_MIN:
+            try:
+                return await self._use(
+                    self._io.write(
+                        self._descriptor, offset, data, dsync=False, flags=_RWF_DONTCACHE
+                    )
+                )
+            except OSError as error:
+                self._keep_behind(error)
+        await self.write(offset, data)
+        if self._hands_on and len(data) >= ONCE_BYTES_MIN:
+            self._behind.append((offset, len(data)))
+            early = len(self._behind) > BEHIND_MAX
+            stored = self._behind.popleft() if early else self._behind[0]
+            await self._use(self._io.call(_hand_on, self._descriptor, self._behind[-1], stored))
+
+    def _keep_behind(self, error: OSError) -> None:
+        """Do without dropping behind where that isn't to be had; raise what is another trouble."""
+        if error.errno not in _UNSUPPORTED:
+            raise error
+        self._drops_behind = False
 
     async def _write_aligned(self, offset: int, data: Buffer, dsync: bool) -> None:
         while self._edges.locked():
@@ -413,6 +462,16 @@ def _blocks(offset: int, stop: int, unit: int) -> list[tuple[int, int, bool]]:
 
 def _drop_cache(descriptor: int, offset: int, length: int) -> None:
     os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def _hand_on(descriptor: int, fresh: tuple[int, int], stored: tuple[int, int]) -> None:
+    """Begin to store what was just written, and drop from the cache what is stored by now.
+
+    For file systems and kernels that don't know RWF_DONTCACHE: POSIX_FADV_DONTNEED begins to store
+    dirty pages and drops clean ones.
+    """
+    for piece in (fresh, stored):
+        _drop_cache(descriptor, *piece)
 
 
 def _reopen(descriptor: int) -> int:

@@ -225,10 +225,15 @@ def birth_ns(descriptor: int) -> int:
 
 def is_volatile(descriptor: int) -> bool:
     """Tell whether the file lies on a file system that no power cut survives (tmpfs, ramfs)."""
+    return file_system_of(descriptor) in (_TMPFS_MAGIC, _RAMFS_MAGIC)
+
+
+def file_system_of(descriptor: int) -> int:
+    """Return the magic number of the file system on which an open file lies, as statfs(2) does."""
     result = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes
     check(_fstatfs(descriptor, result))
     magic: int = struct.unpack_from("=q", result.raw)[0] & 0xFFFFFFFF
-    return magic in (_TMPFS_MAGIC, _RAMFS_MAGIC)
+    return magic
 
 
 # Locks.

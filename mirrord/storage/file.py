@@ -32,6 +32,10 @@ EXTENT_PAIRS_MAX = 512
 # What the kernel may want O_DIRECT to be aligned to, smallest first.
 DIRECT_UNITS = (512, 1024, 2048, PAGE_BYTES)
 
+# NFS, CIFS and Ceph: copy_file_range(2) has their server copy. Elsewhere it goes through the page
+# cache of this machine like read and write, but fills it, which costs more than it spares.
+COPYING_SERVERS = frozenset({0x6969, 0xFF534D42, 0xFE534D42, 0x00C36400})
+
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("=qQQQ")  # descriptor, offset, length, target offset
 
@@ -126,6 +130,7 @@ class FileBackend(DescriptorBackend):
             name=name,
             read_only=read_only,
         )
+        self._has_server = durable.file_system_of(descriptor) in COPYING_SERVERS
         self._no_clone_from: set[int] = set()  # devices whose files can't be cloned to here
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
@@ -133,10 +138,9 @@ class FileBackend(DescriptorBackend):
         return await self._own(self._io.call(find_extents, self._descriptor, offset, end))
 
     async def copy_from(self, source: Backend, offset: int, length: int) -> bool:
-        """Share the source's blocks (reflink), else have the kernel copy them.
+        """Share the source's blocks (reflink), else have the file server copy them.
 
         Reflinks are tried first, and need whole blocks of the file system or the file's end.
-        copy_file_range(2) is used where both go through the page cache.
         """
         if not isinstance(source, FileBackend):
             return False
@@ -156,7 +160,7 @@ class FileBackend(DescriptorBackend):
                     raise
                 if error.errno != errno.EINVAL:
                     self._no_clone_from.add(device)
-        if self._direct or source._direct:
+        if self._direct or source._direct or not self._has_server:
             return False
         done = 0
         while done < length:

@@ -58,12 +58,16 @@ class FileIo(ABC):
         self._calls: set[asyncio.Future[Any]] = set()
 
     @abstractmethod
-    async def read(self, descriptor: int, offset: int, length: int) -> Buffer:
-        """Read exactly `length` bytes through the page cache."""
+    async def read(self, descriptor: int, offset: int, length: int, *, flags: int = 0) -> Buffer:
+        """Read exactly `length` bytes through the page cache. `flags`: RWF_* of preadv2(2)."""
 
     @abstractmethod
-    async def write(self, descriptor: int, offset: int, data: Buffer, *, dsync: bool) -> None:
+    async def write(
+        self, descriptor: int, offset: int, data: Buffer, *, dsync: bool, flags: int = 0
+    ) -> None:
         """Write all of `data` through the page cache; durable on return with `dsync`.
+
+        `flags`: more RWF_* of pwritev2(2).
 
         `data` that isn't `bytes` is copied first, so that an abandoned write stays what it was.
         """
@@ -161,15 +165,17 @@ class ThreadIo(FileIo):
         self._workers = ThreadPoolExecutor(THREADS_MAX, "mirrord-io")
         self._in_flight: dict[asyncio.Future[Any], int] = {}
 
-    async def read(self, descriptor: int, offset: int, length: int) -> Buffer:
+    async def read(self, descriptor: int, offset: int, length: int, *, flags: int = 0) -> Buffer:
         data, address = new_aligned(length)
         view = writable(address, length)
-        await self._run(descriptor, lambda: _read_whole(descriptor, view, offset))
+        await self._run(descriptor, lambda: _read_whole(descriptor, view, offset, flags))
         return data
 
-    async def write(self, descriptor: int, offset: int, data: Buffer, *, dsync: bool) -> None:
+    async def write(
+        self, descriptor: int, offset: int, data: Buffer, *, dsync: bool, flags: int = 0
+    ) -> None:
         view = memoryview(constant(data))
-        flags = os.RWF_DSYNC if dsync else 0
+        flags |= os.RWF_DSYNC if dsync else 0
         await self._run(descriptor, lambda: _write_whole(descriptor, view, offset, flags))
 
     async def read_direct(self, descriptor: int, offset: int, length: int) -> Buffer:
@@ -253,9 +259,9 @@ def open_io(choice: str = "auto") -> FileIo:
     return ThreadIo()
 
 
-def _read_whole(descriptor: int, view: memoryview, offset: int) -> None:
+def _read_whole(descriptor: int, view: memoryview, offset: int, flags: int = 0) -> None:
     while view:
-        done = os.preadv(descriptor, [view], offset)
+        done = os.preadv(descriptor, [view], offset, flags)
         if done == 0:
             raise OSError(errno.EIO, "nothing was moved: it is shorter now")
         view, offset = view[done:], offset + done

@@ -223,21 +223,24 @@ class UringIo(FileIo):
 
     # The interface of `fileio`.
 
-    async def read(self, descriptor: int, offset: int, length: int) -> Buffer:
+    async def read(self, descriptor: int, offset: int, length: int, *, flags: int = 0) -> Buffer:
         data, address = new_aligned(length)
         done = tries = 0
         while done < length:
             result = await self._start(
-                _OP_READ, descriptor, offset + done, address + done, length - done, 0, keep=data
-            )
+                _OP_READ, descriptor, offset + done, address + done, length - done, flags,
+                keep=data,
+            )  # fmt: skip
             done += _progress(result, tries)
             tries += 1
         return data
 
-    async def write(self, descriptor: int, offset: int, data: Buffer, *, dsync: bool) -> None:
+    async def write(
+        self, descriptor: int, offset: int, data: Buffer, *, dsync: bool, flags: int = 0
+    ) -> None:
         whole = constant(data)
         address = constant_address(whole)
-        flags = os.RWF_DSYNC if dsync else 0
+        flags |= os.RWF_DSYNC if dsync else 0
         length = len(whole)
         done = tries = 0
         while done < length:

@@ -223,6 +223,18 @@ class BackendConformance:
             await backend.close()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    @pytest.mark.parametrize("length", [4096, 5000, 65536, MIB, 3 * MIB + 17])
+    async def test_what_is_moved_once_is_like_any_other(
+        self, backend: Backend, length: int
+    ) -> None:
+        data = pattern(length, length)
+        await backend.write(0, pattern(8 * MIB))
+        await backend.write_once(4096, data)
+        assert bytes(await backend.read_once(4096, length)) == data
+        await backend.flush()
+        assert bytes(await backend.read_stored(4096, length)) == data
+        assert bytes(await backend.read_once(0, 4096)) == pattern(8 * MIB)[:4096]
+
     async def test_hints_and_checks_do_nothing_visible(self, backend: Backend) -> None:
         data = pattern(MIB)
         await backend.write(0, data)

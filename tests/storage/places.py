@@ -5,7 +5,9 @@ Everything made here is undone by the context manager that made it, also when th
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
 import os
 import subprocess
 from collections.abc import Iterator
@@ -119,3 +121,16 @@ def open_names() -> list[str]:
     """Return what this process has open, by name."""
     links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
     return [os.readlink(link) for link in links if os.path.lexists(link)]
+
+
+def resident_pages(path: Path) -> int:
+    """Return how many pages of a file the page cache has, by mincore(2)."""
+    size = path.stat().st_size
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), size) as memory:
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        byte = ctypes.c_char.from_buffer(memory)
+        address = ctypes.c_void_p(ctypes.addressof(byte))
+        failed = ctypes.CDLL(None).mincore(address, ctypes.c_size_t(size), pages)
+        del byte
+    assert not failed
+    return sum(state & 1 for state in pages)

@@ -126,6 +126,7 @@ class TestCalls:
     async def test_an_abandoned_copy_holds_both_sides(self, tmp_path, path, some_io) -> None:
         source = await open_file(path, some_io)
         target = await open_file(make_file(tmp_path / "target", b"", SIZE), some_io)
+        target._has_server = True  # so that something is copied below, on any file system
         begun, may_end = threading.Event(), threading.Event()
         real = target._copy_below
 

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from mirrord.core.geometry import MIB, Status, merge
+from mirrord.storage import durable
 from mirrord.storage.backend import Cache
+from mirrord.storage.descriptor import BEHIND_MAX
 from mirrord.storage.file import FileBackend
 from mirrord.storage.file_place import FilePlace
 from mirrord.storage.fileio import FileIo, open_io
 from tests.storage.conformance import pattern
-from tests.storage.places import allocated_bytes, make_file
+from tests.storage.places import allocated_bytes, make_file, resident_pages
 
 JOB = "6f1c6d0e-52f5-4d17-8d0d-24a6c1a7f001"
 CACHES = pytest.mark.parametrize("cache", list(Cache), ids=lambda cache: cache.value)
@@ -31,6 +33,11 @@ async def open_file(path: Path, io: FileIo, cache: Cache = Cache.WRITEBACK) -> F
     opened = await FilePlace(str(path), io).open(cache=cache)
     assert isinstance(opened, FileBackend)
     return opened
+
+
+def linux() -> tuple[int, ...]:
+    """Return the kernel's version."""
+    return tuple(int(part) for part in os.uname().release.split(".")[:2])
 
 
 def leave_free(where: Path, free_bytes: int) -> None:
@@ -145,19 +152,60 @@ class TestFileSystems:
         await place.check_target(source, needed=size)
         target = await place.create(JOB, source, cache=cache)
         copied = await target.copy_from(source, 0, size)
-        if kind in ("xfs", "btrfs"):
-            assert copied
-        if cache is Cache.DIRECT and kind in ("ext4", "tmpfs"):
-            assert not copied
+        assert copied == (kind in ("xfs", "btrfs"))
         if copied:
             await target.flush()
             assert bytes(await target.read_stored(0, size)) == pattern(size)
-            assert await target.copy_from(source, 100, 5000) == (cache is Cache.WRITEBACK)
+            assert not await target.copy_from(source, 100, 5000)
             await target.write(0, b"new")
             assert bytes(await source.read(0, 3)) == pattern(size)[:3]
         await target.close()
         await place.discard(JOB)
         await source.close()
+
+    @CACHES
+    async def test_a_file_server_copies_by_itself(
+        self, system, some_io, cache, monkeypatch
+    ) -> None:
+        """A local file system stands for the server's: its copy_file_range is the kernel's own."""
+        _, where = system
+        here = os.open(where, os.O_RDONLY)
+        monkeypatch.setattr("mirrord.storage.file.COPYING_SERVERS", {durable.file_system_of(here)})
+        os.close(here)
+        source = await open_file(make_file(where / "disk", pattern(MIB)), some_io, cache)
+        target = await open_file(make_file(where / "target", b"", MIB), some_io, cache)
+        assert await target.copy_from(source, 100, 5000) == (cache is Cache.WRITEBACK)
+        copied = pattern(MIB)[100:5100] if cache is Cache.WRITEBACK else bytes(5000)
+        assert bytes(await target.read(0, 6000)) == bytes(100) + copied + bytes(900)
+        await target.close()
+        await source.close()
+
+    @pytest.mark.parametrize("by_hand", [False, True], ids=["by the kernel", "by hand"])
+    async def test_what_is_copied_leaves_the_page_cache_as_it_was(
+        self, system, some_io, by_hand
+    ) -> None:
+        kind, where = system
+        size = 20 * MIB
+        path, copy = make_file(where / "disk", pattern(size)), where / "copy"
+        source = await open_file(path, some_io)
+        target = await open_file(make_file(copy, b"", size), some_io)
+        target._drops_behind = not by_hand
+        await source.flush()
+        os.posix_fadvise(source._descriptor, 0, size, os.POSIX_FADV_DONTNEED)
+        await source.read(0, MIB)
+        for offset in range(0, size, MIB):
+            await target.write_once(offset, await source.read_once(offset, MIB))
+            await target.flush()
+        read, written = resident_pages(path), resident_pages(copy)
+        assert bytes(await target.read_stored(0, size)) == pattern(size)
+        source_drops, target_drops = source._drops_behind, target._drops_behind
+        await source.close()
+        await target.close()
+        assert source_drops == (kind in ("ext4", "xfs") and linux() >= (6, 14))
+        if source_drops:
+            assert MIB // 4096 <= read < size // 2 // 4096  # what is ahead of a read comes too
+        if kind != "tmpfs":
+            assert written <= (0 if target_drops else (BEHIND_MAX + 1) * MIB // 4096)
 
     @CACHES
     async def test_a_full_file_system_is_enospc_and_loses_nothing(
