@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -66,3 +67,27 @@ def merge(extents: Iterable[Extent]) -> list[Extent]:
         else:
             merged.append(extent)
     return merged
+
+
+class Run(NamedTuple):
+    """A part of some data that is all zeroes, or isn't; `start` counts from its beginning."""
+
+    start: int
+    length: int
+    is_zero: bool
+
+
+def runs_of(data: memoryview, unit: int) -> list[Run]:
+    """Cut data into runs of units that are all zeroes and runs of others; the last may be short."""
+    runs: list[Run] = []
+    zeroes = bytes(unit)
+    for start, length in split(0, len(data), unit):
+        # One byte first: most data is told from zeroes by it alone. `bytes` compares by memcmp, a
+        # view byte by byte.
+        is_zero = data[start] == 0 and bytes(data[start : start + length]) == zeroes[:length]
+        last = runs[-1] if runs else None
+        if last is not None and last.is_zero == is_zero:
+            runs[-1] = Run(last.start, last.length + length, is_zero)
+        else:
+            runs.append(Run(start, length, is_zero))
+    return runs

@@ -19,7 +19,7 @@ from errno import EACCES, EDQUOT, EFBIG, ENOSPC, ENOTCONN, EPROTONOSUPPORT, ETIM
 
 from xxhash import xxh3_64
 
-from mirrord.core.geometry import Extent, Status, merge, round_down, split
+from mirrord.core.geometry import Extent, Status, merge, round_down, runs_of, split
 from mirrord.core.pacing import TokenBucket, Window
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.tracking import WriteTracker
@@ -245,12 +245,14 @@ class Copier:
 
     async def _copy(self, offset: int, length: int) -> int | None:
         """Make the range equal; return its digest if every byte passed through here."""
-        source = self._tracker.source
-        extents = await self._extents(offset, length)
-        if not self._in_process and await self._copied_below(extents):
+        if not self._in_process and await self._copied_below(await self._extents(offset, length)):
             return None
         hasher = xxh3_64() if self._digests else None
-        for extent in extents:
+        if await self._carried(offset, length, hasher):
+            return None if hasher is None else hasher.intdigest()
+        source = self._tracker.source
+        hasher = xxh3_64() if self._digests else None  # another: what failed may have fed the first
+        for extent in await self._extents(offset, length):
             if extent.status is Status.DATA:
                 try:
                     data = await source.read_once(extent.offset, extent.length)
@@ -265,6 +267,16 @@ class Copier:
                     for _, part in split(0, extent.length, len(self._zeroes)):
                         hasher.update(memoryview(self._zeroes)[:part])
         return None if hasher is None else hasher.intdigest()
+
+    async def _carried(self, offset: int, length: int, hasher: xxh3_64 | None) -> bool:
+        """Have the target copy beside this loop; False where it doesn't or can't."""
+        source, target = self._tracker.source, self._tracker.target
+        try:
+            moved = await self._tracker.asked(target.carry_from(source, offset, length, hasher))
+        except OSError:
+            return False  # which side failed can't be told from here: reading the source will tell
+        self.moved_bytes += moved or 0
+        return moved is not None
 
     async def _copied_below(self, extents: list[Extent]) -> bool:
         """Have the backends copy; False when one of the extents could not be copied so."""
@@ -306,7 +318,7 @@ class Copier:
     async def _write(self, offset: int, data: Buffer) -> None:
         """Write the data, but its zeroes as zeroes, so that sparse stays sparse."""
         view = memoryview(data)
-        for start, length, is_zero in self._runs(view):
+        for start, length, is_zero in runs_of(view, len(self._zeroes)):
             if is_zero:
                 await self._write_zeroes(offset + start, length)
             else:
@@ -319,21 +331,6 @@ class Copier:
                 except OSError as error:
                     raise TargetError(error, "write to the target failed", offset) from error
                 self.moved_bytes += length
-
-    def _runs(self, view: memoryview) -> list[tuple[int, int, bool]]:
-        """Cut data into runs of (start, length, is all zeroes), in units of `zero_bytes`."""
-        runs: list[tuple[int, int, bool]] = []
-        for start, length in split(0, len(view), len(self._zeroes)):
-            # One byte first: most data is told from zeroes by it alone. `bytes` compares by
-            # memcmp, a view byte by byte.
-            is_zero = view[start] == 0 and bytes(view[start : start + length]) == (
-                self._zeroes if length == len(self._zeroes) else bytes(length)
-            )
-            if runs and runs[-1][2] == is_zero:
-                runs[-1] = (runs[-1][0], runs[-1][1] + length, is_zero)
-            else:
-                runs.append((start, length, is_zero))
-        return runs
 
     async def _write_zeroes(self, offset: int, length: int) -> None:
         try:

@@ -141,6 +141,7 @@ class Cutover:
 
     async def _prepare(self) -> Outcome | None:
         """Do everything that can fail or wait, so that the gate is closed for almost nothing."""
+        await self._tracker.warm_target(self._settings.warm_bytes)
         for _ in range(FLUSHES_MAX):
             began_s = self._clock()
             await self._tracker.flush_target()

@@ -35,6 +35,9 @@ class Tracker(Protocol):
     async def mutate(self, mutation: Mutation) -> None:
         """Carry the mutation out, and remember it."""
 
+    def saw_read(self, offset: int, length: int) -> None:
+        """Take note that the guest reads there. Called for every read, so it has to be quick."""
+
     async def flush(self) -> None:
         """Make the guest's completed writes durable where they count."""
 
@@ -79,6 +82,8 @@ class Disk:
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return `length` bytes from the authoritative side."""
+        if self._tracker is not None:
+            self._tracker.saw_read(offset, length)
         return await self.backend.read(offset, length)
 
     async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:

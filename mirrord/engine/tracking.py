@@ -25,6 +25,7 @@ The order of one write, and why a crash or a neighbour can't hurt between any tw
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from errno import EIO, ETIMEDOUT
@@ -108,6 +109,7 @@ class WriteTracker:
         # A process before this one may have written to the target wherever a mark stands.
         self._target_unflushed = Unflushed(intents.map.count, intents.map.marked_bits())
         self._source_unflushed = Unflushed(intents.map.count)
+        self._used = self._none()  # regions that the guest has read or written
         self._hot = deque([self._none()], maxlen=settings.hot_checkpoints + 1)
 
     # The guest's side
@@ -116,6 +118,7 @@ class WriteTracker:
         """Carry a mutation out, on both sides while mirroring."""
         regions = self.regions(mutation.offset, mutation.length)
         self._hot[0][regions] = 1
+        self._used[regions] = 1
         mirror = self._mirror
         try:
             if self.strict:
@@ -126,6 +129,10 @@ class WriteTracker:
                 await self._mirrored(mutation, mirror)
         finally:
             self._source_unflushed.wrote(regions)
+
+    def saw_read(self, offset: int, length: int) -> None:
+        """Remember that the guest reads there: it will again."""
+        self._used[self.regions(offset, length)] = 1
 
     async def flush(self) -> None:
         """Make the source durable (R10); both sides while the commit's outcome is unknown."""
@@ -201,6 +208,18 @@ class WriteTracker:
     def overdue(self) -> bool:
         """Whether the target has not answered something within its limit."""
         return bool(self._due_s) and min(self._due_s.values()) < asyncio.get_running_loop().time()
+
+    async def warm_target(self, limit_bytes: int) -> None:
+        """Have the target's cache read what the guest used, up to so much: copies don't stay there.
+
+        Without it the guest would find after the cutover that all it works with has to be read
+        from the storage.
+        """
+        unit = self._settings.region_bytes
+        for index in itertools.islice(self._used.search(1), limit_bytes // unit):
+            offset = index * unit
+            length = min(unit, self.source.size - offset)
+            await self.asked(self.target.warm(offset, length))
 
     async def flush_target(self) -> None:
         """Make what was written to the target durable.

@@ -22,6 +22,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 
+from xxhash import xxh3_64
+
 from mirrord.core.geometry import Extent
 
 Buffer = bytes | bytearray | memoryview
@@ -183,6 +185,17 @@ class Backend(ABC):
         """
         return False
 
+    async def carry_from(
+        self, source: Backend, offset: int, length: int, hasher: xxh3_64 | None
+    ) -> int | None:
+        """Copy the range from `source` through this process, but beside its loop, if that works.
+
+        Return how much of it wasn't zeroes; those leave holes where there can be some. `hasher`
+        has had every byte then, and some of them after an error. Return None, having done
+        nothing, where it doesn't work: then read and write.
+        """
+        return None
+
     def copies_from(self, source: Backend) -> bool:
         """Tell whether `copy_from` is so much better that a verified copy uses it, too, and
         compares both sides afterwards: the bytes stay inside one server."""
@@ -194,6 +207,13 @@ class Backend(ABC):
 
     def forget_cache(self, offset: int, length: int) -> None:
         """Hint: nobody will read this range soon; give its clean page cache back."""
+        return
+
+    async def warm(self, offset: int, length: int) -> None:
+        """Hint: a guest will want this range; have a cache in this machine begin to read it.
+
+        Never raises for trouble with the storage: whoever reads will meet it.
+        """
         return
 
     async def check_unchanged(self) -> None:

@@ -24,15 +24,24 @@ the `FileIo` knows. A number that was closed is at once another file's: nobody m
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
-from collections import deque
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from xxhash import xxh3_64
+
 from mirrord.core.geometry import KIB, MIB, Extent, Status, round_down, round_up, split
 from mirrord.storage.backend import Backend, Buffer, Cache, Capabilities, Identity
+from mirrord.storage.carrying import (
+    FALLOC_KEEP_SIZE,
+    FALLOC_PUNCH_HOLE,
+    Side,
+    Wake,
+    carry,
+)
 from mirrord.storage.fileio import FileIo
 from mirrord.storage.memory_pool import (
     PAGE_BYTES,
@@ -52,14 +61,7 @@ INLINE_WRITE_BYTES_MAX = 128 * KIB
 # Copied data from this size on leaves the page cache by itself; less is what a guest just wrote.
 ONCE_BYTES_MIN = 64 * KIB
 
-# So many copied pieces are handed to the storage before the first of them is dropped: by then it is
-# stored, and can be.
-BEHIND_MAX = 16
-
-# linux/fs.h since Linux 6.14: start storing at once, and drop the pages afterwards.
-_RWF_DONTCACHE = 0x80
-
-FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10
+FALLOC_ZERO_RANGE = 0x10
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _ZEROES = bytes(MIB)
@@ -99,9 +101,7 @@ class DescriptorBackend(Backend):
         self._punches = capabilities.punches_holes
         self._zeroes_ranges = capabilities.fast_zeroes
         self._no_wait = not self._direct
-        self._drops_behind = not self._direct  # until the kernel or file system says otherwise
-        self._hands_on = not self._direct and capabilities.durable_flush  # then this does it
-        self._behind: deque[tuple[int, int]] = deque()  # handed on and not dropped yet
+        self._wake = Wake(descriptor, cached=not self._direct, by_hand=capabilities.durable_flush)
         self._other_descriptor = -1
         self._other_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -140,13 +140,12 @@ class DescriptorBackend(Backend):
 
     async def read_once(self, offset: int, length: int) -> Buffer:
         """Read through the page cache and leave there what was there before."""
-        if self._drops_behind and length >= ONCE_BYTES_MIN:
+        flags = self._wake.flags
+        if flags and length >= ONCE_BYTES_MIN:
             try:
-                return await self._use(
-                    self._io.read(self._descriptor, offset, length, flags=_RWF_DONTCACHE)
-                )
+                return await self._use(self._io.read(self._descriptor, offset, length, flags=flags))
             except OSError as error:
-                self._keep_behind(error)
+                self._wake.do_without(flags, error)
         return await self.read(offset, length)
 
     async def read_stored(self, offset: int, length: int) -> Buffer:
@@ -212,27 +211,34 @@ class DescriptorBackend(Backend):
 
     async def write_once(self, offset: int, data: Buffer) -> None:
         """Write through the page cache, which hands it on at once and forgets it."""
-        if self._drops_behind and not self.read_only and len(data) >= ONCE_BYTES_MIN:
-            try:
-                return await self._use(
-                    self._io.write(
-                        self._descriptor, offset, data, dsync=False, flags=_RWF_DONTCACHE
-                    )
-                )
-            except OSError as error:
-                self._keep_behind(error)
-        await self.write(offset, data)
-        if self._hands_on and len(data) >= ONCE_BYTES_MIN:
-            self._behind.append((offset, len(data)))
-            early = len(self._behind) > BEHIND_MAX
-            stored = self._behind.popleft() if early else self._behind[0]
-            await self._use(self._io.call(_hand_on, self._descriptor, self._behind[-1], stored))
+        wake = self._wake
+        if not self.read_only and len(data) >= ONCE_BYTES_MIN:
+            if flags := wake.flags:
+                write = self._io.write(self._descriptor, offset, data, dsync=False, flags=flags)
+                try:
+                    return await self._use(write)
+                except OSError as error:
+                    wake.do_without(flags, error)
+            if wake.hands_on:
+                await self.write(offset, data)
+                return await self._use(self._io.call(wake.hand_on, offset, len(data)))
+        return await self.write(offset, data)
 
-    def _keep_behind(self, error: OSError) -> None:
-        """Do without dropping behind where that isn't to be had; raise what is another trouble."""
-        if error.errno not in _UNSUPPORTED:
-            raise error
-        self._drops_behind = False
+    async def carry_from(
+        self, source: Backend, offset: int, length: int, hasher: xxh3_64 | None
+    ) -> int | None:
+        """Copy in a thread, from page cache to page cache, leaving both as they were."""
+        if not isinstance(source, DescriptorBackend) or self._direct or source._direct:
+            return None
+        if self.read_only or length < ONCE_BYTES_MIN:
+            return None
+        sides = source._side(), self._side()
+        carrying = self._task(self._io.call_long(carry, *sides, offset, length, hasher))
+        source.lend_to(carrying)
+        return await asyncio.shield(carrying)
+
+    def _side(self) -> Side:
+        return Side(self._descriptor, self._wake, punches=self._punches)
 
     async def _write_aligned(self, offset: int, data: Buffer, dsync: bool) -> None:
         while self._edges.locked():
@@ -349,6 +355,11 @@ class DescriptorBackend(Backend):
         if not self._direct:
             self._task(self._io.call(_drop_cache, self._descriptor, offset, length))
 
+    async def warm(self, offset: int, length: int) -> None:
+        if not self._direct:
+            with contextlib.suppress(OSError):
+                await self._own(self._io.call(_will_need, self._descriptor, offset, length))
+
     async def close(self) -> None:
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_task(self._close())
@@ -464,14 +475,8 @@ def _drop_cache(descriptor: int, offset: int, length: int) -> None:
     os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
-def _hand_on(descriptor: int, fresh: tuple[int, int], stored: tuple[int, int]) -> None:
-    """Begin to store what was just written, and drop from the cache what is stored by now.
-
-    For file systems and kernels that don't know RWF_DONTCACHE: POSIX_FADV_DONTNEED begins to store
-    dirty pages and drops clean ones.
-    """
-    for piece in (fresh, stored):
-        _drop_cache(descriptor, *piece)
+def _will_need(descriptor: int, offset: int, length: int) -> None:
+    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 def _reopen(descriptor: int) -> int:

@@ -13,21 +13,16 @@ import mmap
 import os
 import stat
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mirrord.core.geometry import Extent, Status
+from mirrord.core.geometry import Extent
 from mirrord.storage import durable
 from mirrord.storage.backend import Backend, Cache, Capabilities, Identity
-from mirrord.storage.descriptor import (
-    FALLOC_KEEP_SIZE,
-    FALLOC_PUNCH_HOLE,
-    DescriptorBackend,
-)
+from mirrord.storage.carrying import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, Side
+from mirrord.storage.descriptor import DescriptorBackend
 from mirrord.storage.fileio import FileIo
+from mirrord.storage.holes import find_extents
 from mirrord.storage.memory_pool import PAGE_BYTES
-
-# Data and hole pairs that one `extents` answer looks up; a look-up takes 1 to 4 us.
-EXTENT_PAIRS_MAX = 512
 
 # What the kernel may want O_DIRECT to be aligned to, smallest first.
 DIRECT_UNITS = (512, 1024, 2048, PAGE_BYTES)
@@ -133,6 +128,9 @@ class FileBackend(DescriptorBackend):
         self._has_server = durable.file_system_of(descriptor) in COPYING_SERVERS
         self._no_clone_from: set[int] = set()  # devices whose files can't be cloned to here
 
+    def _side(self) -> Side:
+        return replace(super()._side(), has_holes=True)
+
     async def extents(self, offset: int, length: int) -> list[Extent]:
         end = offset + length
         return await self._own(self._io.call(find_extents, self._descriptor, offset, end))
@@ -189,28 +187,3 @@ class FileBackend(DescriptorBackend):
     def copy_attributes_to(self, descriptor: int) -> None:
         """Give another open file the attributes of this one. Blocks."""
         durable.copy_attributes(self._descriptor, descriptor)
-
-
-def find_extents(descriptor: int, offset: int, end: int) -> list[Extent]:
-    """Return the data and the holes from `offset` on, at most `EXTENT_PAIRS_MAX` of each. Blocks.
-
-    Where the file system can't tell, everything is data.
-    """
-    extents: list[Extent] = []
-    for _ in range(EXTENT_PAIRS_MAX):
-        if offset >= end:
-            break
-        try:
-            data = min(os.lseek(descriptor, offset, os.SEEK_DATA), end)
-        except OSError as error:
-            status = Status.HOLE if error.errno == errno.ENXIO else Status.DATA
-            extents.append(Extent(offset, end - offset, status))
-            break
-        if data > offset:
-            extents.append(Extent(offset, data - offset, Status.HOLE))
-        if data < end:
-            offset = min(os.lseek(descriptor, data, os.SEEK_HOLE), end)
-            extents.append(Extent(data, offset - data, Status.DATA))
-        else:
-            offset = end
-    return extents

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirrord.core.geometry import Extent, Status, merge, round_down, round_up, split
+from mirrord.core.geometry import Extent, Status, merge, round_down, round_up, runs_of, split
 
 offsets = st.integers(0, 1 << 62)
 units = st.integers(1, 1 << 40)
@@ -54,3 +54,21 @@ def test_merged_extents_say_the_same_with_fewer(parts: list[tuple[int, Status]])
 def test_extents_with_a_gap_stay_apart() -> None:
     apart = [Extent(0, 4, Status.DATA), Extent(8, 4, Status.DATA)]
     assert merge(apart) == apart
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from((b"\0", b"\0\1", b"x")), st.integers(1, 9))),
+    st.integers(1, 8),
+)
+def test_runs_cover_the_data_and_tell_zeroes_by_whole_units(
+    parts: list[tuple[bytes, int]], unit: int
+) -> None:
+    data = b"".join(part * count for part, count in parts)
+    runs = runs_of(memoryview(data), unit)
+    assert [run.start for run in runs] == list(accumulate((r.length for r in runs), initial=0))[:-1]
+    assert sum(run.length for run in runs) == len(data)
+    for run in runs:
+        units = [data[at : at + unit] for at in range(run.start, run.start + run.length, unit)]
+        assert run.start % unit == 0
+        assert all(any(part) != run.is_zero for part in units)
+    assert all(one.is_zero != next_one.is_zero for one, next_one in pairwise(runs))

@@ -14,10 +14,13 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from xxhash import xxh3_64
+
 from mirrord.core.geometry import Extent
 from mirrord.core.journal import Kind
 from mirrord.engine.store import JobStore
 from mirrord.storage.backend import Backend, Buffer, Cache, Identity, Place
+from mirrord.storage.file import FileBackend
 
 T = TypeVar("T")
 DEADLINE_S = 10  # for what takes milliseconds
@@ -249,6 +252,19 @@ class FaultyBackend(Backend):
             "copy_from", lambda: self.inner.copy_from(inner, offset, length), offset
         )
 
+    async def carry_from(
+        self, source: Backend, offset: int, length: int, hasher: xxh3_64 | None
+    ) -> int | None:
+        """A read of the source and a write of the target, as far as the rules are concerned."""
+        inner = source.inner if isinstance(source, FaultyBackend) else source
+        if not isinstance(self.inner, FileBackend) or not isinstance(inner, FileBackend):
+            return None
+        if isinstance(source, FaultyBackend):
+            await source.faults.call("read", _nothing, offset)
+        return await self.faults.call(
+            "write", lambda: self.inner.carry_from(inner, offset, length, hasher), offset
+        )
+
     def forget_cache(self, offset: int, length: int) -> None:
         self.inner.forget_cache(offset, length)
 
@@ -362,3 +378,7 @@ def _inner(backend: Backend) -> Backend:
 def _kind(data: bytes) -> str:
     """Return the kind of a journal record, as its header has it."""
     return "zeroes" if not any(data) else Kind(data[8:12]).name
+
+
+async def _nothing() -> None:
+    """Do nothing, where a rule may do something."""

@@ -51,3 +51,46 @@ async def test_a_guest_that_writes_more_than_the_limit_cannot_stop_the_move(tmp_
     assert status.phase is Phase.DONE
     assert job.tracker is not None
     assert job.tracker.mirrored_bytes > 16 << 20, "the guest alone used the limit up"
+
+
+async def test_what_the_guest_used_is_warmed_on_the_target_before_the_cutover(
+    tmp_path: Path,
+) -> None:
+    unit = 1 << 20
+    bench = Bench(tmp_path, 16 * unit + 513)
+    disk = await bench.open()
+    await Writer(disk, seed=3).fill()
+    job = await bench.start(cutover="manual")
+    assert job.tracker is not None
+    warmed: list[tuple[int, int]] = []
+
+    async def warm(offset: int, length: int) -> None:
+        assert disk.backend is not job.tracker.target
+        warmed.append((offset, length))
+
+    job.tracker.target.warm = warm  # type: ignore[method-assign]
+    await disk.read(2 * unit - 1, 2)
+    await disk.write(7 * unit, b"x")
+    await disk.read(16 * unit + 512, 1)
+    await job.cutover()
+    assert (await finish(job)).phase is Phase.DONE
+    assert warmed == [(unit, unit), (2 * unit, unit), (7 * unit, unit), (16 * unit, 513)]
+    await disk.read(5 * unit, 1)  # nobody follows any more
+
+
+async def test_no_more_is_warmed_than_the_limit(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, 4 << 20)
+    disk = await bench.open()
+    job = await bench.start(cutover="manual")
+    assert job.tracker is not None
+    await disk.read(0, 4 << 20)
+    warmed: list[int] = []
+
+    async def warm(offset: int, length: int) -> None:
+        warmed.append(length)
+
+    job.tracker.target.warm = warm  # type: ignore[method-assign]
+    await job.tracker.warm_target((3 << 20) - 1)
+    assert sum(warmed) == 2 << 20
+    await job.cutover()
+    await finish(job)

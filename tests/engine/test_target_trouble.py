@@ -62,6 +62,28 @@ async def test_9_no_space_while_mirroring(bench: CrashBench, number: int) -> Non
     await bench.assert_moved(await bench.cut_over())
 
 
+async def test_a_copy_beside_the_loop_that_fails_is_done_again_through_it(
+    on_files: CrashBench,
+) -> None:
+    """Once: nobody needs to know. The digests are those of the second try."""
+    await on_files.begin(verify="full")
+    failed = on_files.at_target.fail("write", errno=errno.EIO, at=3, after=True)
+    await on_files.assert_moved(await on_files.finish())
+    assert failed.reached.is_set()
+    assert Phase.DEGRADED not in entered(on_files)
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+async def test_whose_fault_a_copy_beside_the_loop_is(on_files: CrashBench, side: str) -> None:
+    """The second try tells: the target's is waited out, the source's ends the job."""
+    await on_files.begin(verify="full")
+    at, what = (on_files.at_source, "read") if side == "source" else (on_files.at_target, "write")
+    at.fail(what, errno=errno.EIO, times=2, within=range(2 * UNIT, 3 * UNIT))
+    status = await on_files.finish()
+    assert status.phase is (Phase.FAILED if side == "source" else Phase.DONE)
+    assert (Phase.DEGRADED in entered(on_files)) == (side == "target")
+
+
 async def test_8_no_space_below(on_files: CrashBench) -> None:
     """The same where the kernel copies from file to file."""
     bench = on_files

@@ -14,6 +14,8 @@ import errno
 import os
 from collections.abc import Callable
 
+from xxhash import xxh3_64
+
 from mirrord.core.geometry import Extent, Status, merge
 from mirrord.storage.backend import Backend, Buffer, Capabilities, Identity
 from tests.sim.loop import elapse
@@ -289,6 +291,18 @@ class SimBackend(Backend):
         effects = [lambda s=s, e=e: put(s, e) for s, e in self._pieces(offset, length)]
         await self._call("write", effects, told=("server-side", offset, length))
         return True
+
+    async def carry_from(
+        self, source: Backend, offset: int, length: int, hasher: xxh3_64 | None
+    ) -> int | None:
+        """Half of the time: read, hash and write, as one call that may fail in the middle."""
+        if not isinstance(source, SimBackend) or self.world.random() < 0.5:
+            return None
+        data = await source.read(offset, length)
+        if hasher is not None:
+            hasher.update(data)
+        await self.write(offset, data)
+        return length
 
     @property
     def busy(self) -> bool:

@@ -17,12 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from mirrord.core.geometry import MIB, Status, merge
 from mirrord.storage import durable
 from mirrord.storage.backend import Cache
-from mirrord.storage.descriptor import BEHIND_MAX
 from mirrord.storage.file import FileBackend
 from mirrord.storage.file_place import FilePlace
 from mirrord.storage.fileio import FileIo, open_io
 from tests.storage.conformance import pattern
-from tests.storage.places import allocated_bytes, make_file, resident_pages
+from tests.storage.places import allocated_bytes, make_file
 
 JOB = "6f1c6d0e-52f5-4d17-8d0d-24a6c1a7f001"
 CACHES = pytest.mark.parametrize("cache", list(Cache), ids=lambda cache: cache.value)
@@ -33,11 +32,6 @@ async def open_file(path: Path, io: FileIo, cache: Cache = Cache.WRITEBACK) -> F
     opened = await FilePlace(str(path), io).open(cache=cache)
     assert isinstance(opened, FileBackend)
     return opened
-
-
-def linux() -> tuple[int, ...]:
-    """Return the kernel's version."""
-    return tuple(int(part) for part in os.uname().release.split(".")[:2])
 
 
 def leave_free(where: Path, free_bytes: int) -> None:
@@ -179,33 +173,6 @@ class TestFileSystems:
         assert bytes(await target.read(0, 6000)) == bytes(100) + copied + bytes(900)
         await target.close()
         await source.close()
-
-    @pytest.mark.parametrize("by_hand", [False, True], ids=["by the kernel", "by hand"])
-    async def test_what_is_copied_leaves_the_page_cache_as_it_was(
-        self, system, some_io, by_hand
-    ) -> None:
-        kind, where = system
-        size = 20 * MIB
-        path, copy = make_file(where / "disk", pattern(size)), where / "copy"
-        source = await open_file(path, some_io)
-        target = await open_file(make_file(copy, b"", size), some_io)
-        target._drops_behind = not by_hand
-        await source.flush()
-        os.posix_fadvise(source._descriptor, 0, size, os.POSIX_FADV_DONTNEED)
-        await source.read(0, MIB)
-        for offset in range(0, size, MIB):
-            await target.write_once(offset, await source.read_once(offset, MIB))
-            await target.flush()
-        read, written = resident_pages(path), resident_pages(copy)
-        assert bytes(await target.read_stored(0, size)) == pattern(size)
-        source_drops, target_drops = source._drops_behind, target._drops_behind
-        await source.close()
-        await target.close()
-        assert source_drops == (kind in ("ext4", "xfs") and linux() >= (6, 14))
-        if source_drops:
-            assert MIB // 4096 <= read < size // 2 // 4096  # what is ahead of a read comes too
-        if kind != "tmpfs":
-            assert written <= (0 if target_drops else (BEHIND_MAX + 1) * MIB // 4096)
 
     @CACHES
     async def test_a_full_file_system_is_enospc_and_loses_nothing(

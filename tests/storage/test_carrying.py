@@ -1,0 +1,161 @@
+"""Copies through the page cache: what they leave there, and those that run beside the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from xxhash import xxh3_64, xxh3_64_intdigest
+
+from mirrord.core.geometry import KIB, MIB
+from mirrord.storage.backend import Cache
+from mirrord.storage.carrying import BEHIND_MAX
+from mirrord.storage.file import FileBackend
+from mirrord.storage.fileio import FileIo
+from tests.helpers import eventually_async
+from tests.storage.conformance import pattern
+from tests.storage.places import allocated_bytes, make_file, resident_pages
+from tests.storage.test_file import leave_free, open_file
+
+PAGE = 4096
+COPIED = 20 * MIB  # more than is dropped late, and two of it fit the small file systems
+
+
+def linux() -> tuple[int, ...]:
+    """Return the kernel's version."""
+    return tuple(int(part) for part in os.uname().release.split(".")[:2])
+
+
+async def write_once(source: FileBackend, target: FileBackend, offset: int) -> None:
+    """Copy a piece through the loop."""
+    await target.write_once(offset, await source.read_once(offset, MIB))
+
+
+async def carry(source: FileBackend, target: FileBackend, offset: int) -> None:
+    """Copy a piece beside it."""
+    assert await target.carry_from(source, offset, MIB, None) == MIB
+
+
+@pytest.mark.parametrize("copy", [write_once, carry])
+@pytest.mark.parametrize("by_hand", [False, True], ids=["by the kernel", "by hand"])
+async def test_what_is_copied_leaves_the_page_cache_as_it_was(
+    system: tuple[str, Path], some_io: FileIo, by_hand: bool, copy
+) -> None:
+    kind, where = system
+    path, moved = make_file(where / "disk", pattern(COPIED)), where / "moved"
+    source = await open_file(path, some_io)
+    target = await open_file(make_file(moved, b"", COPIED), some_io)
+    if by_hand:
+        target._wake.flags = 0
+    await source.flush()
+    os.posix_fadvise(source._descriptor, 0, COPIED, os.POSIX_FADV_DONTNEED)
+    await source.read(0, MIB)
+    for offset in range(0, COPIED, MIB):
+        await copy(source, target, offset)
+        await target.flush()
+    read, written = resident_pages(path), resident_pages(moved)
+    assert bytes(await target.read_stored(0, COPIED)) == pattern(COPIED)
+    drops = bool(source._wake.flags), bool(target._wake.flags)
+    await source.close()
+    await target.close()
+    known = kind in ("ext4", "xfs") and linux() >= (6, 14)
+    assert drops == (known, known and not by_hand)
+    if known:
+        assert MIB // PAGE <= read < COPIED // 2 // PAGE  # what is ahead of a read comes too
+    if kind != "tmpfs":
+        assert written <= (0 if drops[1] else (BEHIND_MAX + 1) * MIB // PAGE)
+
+
+@pytest.mark.parametrize("copy", [write_once, carry])
+async def test_many_at_a_time_find_out_together_what_is_unknown(
+    system: tuple[str, Path], some_io: FileIo, copy
+) -> None:
+    _, where = system
+    source = await open_file(make_file(where / "disk", pattern(8 * MIB)), some_io)
+    target = await open_file(make_file(where / "moved", b"", 8 * MIB), some_io)
+    async with asyncio.TaskGroup() as pieces:
+        for offset in range(0, 8 * MIB, MIB):
+            pieces.create_task(copy(source, target, offset))
+    assert bytes(await target.read(0, 8 * MIB)) == pattern(8 * MIB)
+    await source.close()
+    await target.close()
+
+
+@pytest.fixture
+async def sides(tmp_path: Path, some_io: FileIo):
+    """A source of data, zeroes, data and a short tail, and a target full of something else."""
+    content = pattern(MIB) + bytes(MIB) + pattern(MIB, 2) + b"tail"
+    source = await open_file(make_file(tmp_path / "source", content), some_io)
+    target = await open_file(make_file(tmp_path / "target", pattern(len(content), 3)), some_io)
+    yield content, source, target
+    await source.close()
+    await target.close()
+
+
+@pytest.mark.parametrize("punches", [True, False])
+async def test_zeroes_become_holes_and_everything_is_hashed(sides, tmp_path, punches) -> None:
+    content, source, target = sides
+    target._punches = punches
+    hasher = xxh3_64()
+    moved = await target.carry_from(source, 0, len(content), hasher)
+    assert moved == len(content) - MIB
+    assert hasher.intdigest() == xxh3_64_intdigest(content)
+    assert (tmp_path / "target").read_bytes() == content
+    await target.flush()
+    assert (allocated_bytes(tmp_path / "target") < len(content)) == punches
+
+
+async def test_only_the_range_is_touched(sides, tmp_path) -> None:
+    content, source, target = sides
+    before = (tmp_path / "target").read_bytes()
+    offset, length = 100 * KIB, 300 * KIB
+    assert await target.carry_from(source, offset, length, None) == length
+    after = before[:offset] + content[offset : offset + length] + before[offset + length :]
+    assert (tmp_path / "target").read_bytes() == after
+
+
+async def test_small_pieces_and_direct_sides_are_left_to_the_loop(sides, tmp_path, some_io) -> None:
+    content, source, target = sides
+    before = (tmp_path / "target").read_bytes()
+    assert await target.carry_from(source, 0, 4 * KIB, None) is None
+    direct = await open_file(make_file(tmp_path / "direct", content), some_io, Cache.DIRECT)
+    assert await target.carry_from(direct, 0, MIB, None) is None
+    assert await direct.carry_from(source, 0, MIB, None) is None
+    await direct.close()
+    assert (tmp_path / "target").read_bytes() == before
+
+
+async def test_a_source_that_became_shorter_is_an_error(sides, tmp_path) -> None:
+    _, source, target = sides
+    os.truncate(tmp_path / "source", MIB)
+    with pytest.raises(OSError, match="shorter") as caught:
+        await target.carry_from(source, 512 * KIB, MIB, xxh3_64())
+    assert caught.value.errno == errno.EIO
+
+
+async def test_a_full_target_is_an_error(
+    system: tuple[str, Path], tmp_path: Path, some_io: FileIo
+) -> None:
+    _, where = system
+    source = await open_file(make_file(tmp_path / "disk", pattern(MIB) * 60), some_io)
+    target = await open_file(make_file(where / "target", b"", 60 * MIB), some_io)
+    leave_free(where, 40 * MIB)
+    with pytest.raises(OSError, match="No space"):
+        await target.carry_from(source, 0, 60 * MIB, None)
+    await source.close()
+    await target.close()
+
+
+async def test_what_is_warmed_comes_into_the_page_cache(tmp_path, some_io) -> None:
+    path = make_file(tmp_path / "disk", pattern(4 * MIB))
+    backend = await open_file(path, some_io)
+    await backend.flush()
+    os.posix_fadvise(backend._descriptor, 0, 4 * MIB, os.POSIX_FADV_DONTNEED)
+    assert resident_pages(path) == 0
+    await backend.warm(MIB, MIB)
+    await eventually_async(lambda: resident_pages(path) >= MIB // PAGE)
+    assert resident_pages(path) < 4 * MIB // PAGE
+    await backend.close()
