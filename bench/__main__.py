@@ -1,9 +1,13 @@
-"""Run scenarios: every server or tool in turn, several rounds after a warm-up, medians and ratios.
+"""Run scenarios, compare results, write the README's section.
 
-    python -m bench                 all scenarios
-    python -m bench nbd --rounds 7  one of them
+    python -m bench                        all scenarios
+    python -m bench nbd --rounds 7         one of them
+    python -m bench --quick                tiny sizes and one round: does everything work?
+    python -m bench compare A.json B.json
+    python -m bench compare --scenario nbd COMMIT COMMIT
+    python -m bench readme                 write "Performance" from the kept results
 
-Results are printed as a table and kept in `bench/results/SCENARIO.json`.
+Results are printed as a table and kept in `bench/results/`, as JSON and as PNG.
 """
 
 from __future__ import annotations
@@ -12,124 +16,135 @@ import argparse
 import contextlib
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 
-from bench import scenarios, smb
-from bench.servers import MissingPeerError, run
+from bench import compare, copying, live, places, plots, readme, runner, scenarios, small, smb
+from bench.model import QUICK, Scenario, pick
+from bench.report import table
 
-ALL = {**scenarios.ALL, **smb.ALL}
+ALL: dict[str, Scenario] = {
+    **scenarios.ALL,
+    **copying.ALL,
+    **live.ALL,
+    **small.ALL,
+    **smb.ALL,
+}
 RESULTS = Path(__file__).parent / "results"
-BUSY_LOAD = 0.5  # of the cores: above it the figures are said to be from a busy machine
+COMMANDS = ("compare", "readme")
+INTERRUPTED = 130
 
 
-def main() -> int:
-    """Run what was asked for; exit 2 for an unknown scenario or too little space."""
-    parser = argparse.ArgumentParser(prog="python -m bench")
-    parser.add_argument("scenario", nargs="*", metavar="SCENARIO")
+def main(words: Sequence[str] | None = None) -> int:
+    """Do what was asked for; 2 is wrong usage or too little space, 130 an interruption."""
+    words = sys.argv[1:] if words is None else words
+    command = words[0] if words and words[0] in COMMANDS else "run"
+    work = {"run": _run, "compare": _compare, "readme": _readme}[command]
+    try:
+        with places.signals_unwind():
+            return work(words[1:] if command != "run" else words)
+    except KeyboardInterrupt as error:
+        print(f"interrupted ({error}); everything is cleaned up", file=sys.stderr)
+        return INTERRUPTED
+    except (places.TooLittleSpaceError, compare.NothingToCompareError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _options(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round")
     parser.add_argument(
         "--folder", type=Path, help="where the disks lie (default: /tmp; of smb-*: memory)"
     )
-    asked = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
+    return parser
+
+
+def _run(words: Sequence[str]) -> int:
+    parser = _options("python -m bench")
+    parser.add_argument("scenario", nargs="*", metavar="SCENARIO")
+    asked = parser.parse_args(words)
     unknown = [name for name in asked.scenario if name not in ALL]
     if unknown:
         parser.error(f"no scenario {unknown[0]!r}; there are {', '.join(ALL)}")
-    for name in asked.scenario or ALL:
-        with _folder(asked.folder, in_memory=ALL[name].in_memory) as folder:
-            space = os.statvfs(folder)
-            if space.f_bavail * space.f_frsize < scenarios.SPACE_BYTES:
-                need = scenarios.SPACE_BYTES >> 30
-                print(f"{folder} has less than the {need} GiB that are needed", file=sys.stderr)
-                return 2
-            report(name, ALL[name], folder, ALL[name].rounds or asked.rounds)
+    names = asked.scenario or list(ALL)
+    with _quick(asked.quick):
+        _check_space(names, asked.folder)
+        for name in names:
+            _report(name, asked)
     return 0
 
 
 @contextlib.contextmanager
-def _folder(asked: Path | None, *, in_memory: bool) -> Iterator[Path]:
-    """A folder that is gone afterwards, in memory if that is wanted and root says so.
-
-    Of huge pages: in small ones a tmpfs takes 30 ms a GiB to find the next hole, which no file
-    system of a real server does.
-    """
-    with tempfile.TemporaryDirectory(prefix="mb-", dir=asked) as folder:
-        mount = ("mount", "-t", "tmpfs", "-o", "huge=always,mode=755", "none", folder)
-        mounted = in_memory and asked is None and os.geteuid() == 0
-        mounted = mounted and subprocess.run(mount, check=False).returncode == 0
-        try:
-            yield Path(folder)
-        finally:
-            if mounted:
-                subprocess.run(("umount", "--lazy", folder), check=True)
-
-
-def report(name: str, scenario: scenarios.Scenario, folder: Path, rounds: int) -> None:
-    """Measure, print and keep."""
-    figures: dict[str, dict[str, list[float]]] = {}
-    missing: set[str] = set()
-    before = os.getloadavg()[0]
-    warm_ups = 1 if scenario.rounds is None else 0
-    for number in range(1 - warm_ups, rounds + 1):
-        for peer, measure in scenario.peers.items():
-            if peer not in missing:
-                _one(figures, missing, peer, measure, folder, counted=number > 0)
-    print(f"\n{name}: {scenario.title} ({scenario.unit}; median of {rounds}, and least to most)")
-    _table(figures, missing, scenario)
-    busy = before > BUSY_LOAD * (os.cpu_count() or 1)
-    where = run("stat", "--file-system", "--format=%T", folder).strip()
-    print(
-        f"{platform.release()}, Python {platform.python_version()}, disks on {where}, "
-        f"load {before:.2f} before"
-    )
-    if busy:
-        print("the machine was busy: read the ratios, not the figures")
-    RESULTS.mkdir(exist_ok=True)
-    kept = {
-        "figures": figures, "unit": scenario.unit, "load": before, "rounds": rounds, "on": where
-    }  # fmt: skip
-    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1))
-
-
-def _one(
-    figures: dict[str, dict[str, list[float]]],
-    missing: set[str],
-    peer: str,
-    measure: Callable[[Path], dict[str, float]],
-    folder: Path,
-    *,
-    counted: bool,
-) -> None:
+def _quick(wanted: bool) -> Iterator[None]:
+    """Let every process know that tiny sizes are wanted."""
+    before = os.environ.pop(QUICK, None)
+    if wanted:
+        os.environ[QUICK] = "1"
     try:
-        measured = measure(folder)
-    except MissingPeerError as error:
-        missing.add(peer)
-        print(f"{peer} is left out: {error} is not installed", file=sys.stderr)
+        yield
+    finally:
+        os.environ.pop(QUICK, None)
+        if before is not None:
+            os.environ[QUICK] = before
+
+
+def _check_space(names: Sequence[str], folder: Path | None) -> None:
+    """Refuse before anything begins, also when only the last scenario is too large."""
+    where = folder or Path(tempfile.gettempdir())
+    most_mib = max(ALL[name].space_mib for name in names)
+    places.check_space(where, pick(most_mib, min(most_mib, runner.QUICK_MIB)))
+
+
+def _report(name: str, asked: argparse.Namespace) -> None:
+    """Measure, print and keep."""
+    scenario = ALL[name]
+    if why := scenario.refuse():
+        print(f"\n{name} is left out: {why}", file=sys.stderr)
         return
-    for row, figure in measured.items() if counted else ():
-        figures.setdefault(row, {}).setdefault(peer, []).append(figure)
+    with places.temporary(asked.folder, in_memory=scenario.in_memory) as folder:
+        result = runner.measure(name, scenario, folder, pick(asked.rounds, 1))
+    print(f"\n{table(result)}", flush=True)
+    asked.results.mkdir(parents=True, exist_ok=True)
+    (asked.results / f"{name}.json").write_text(json.dumps(result, indent=1))
+    if plots.can_draw():
+        plots.draw(result, asked.results / f"{name}.png")
 
 
-def _table(
-    figures: dict[str, dict[str, list[float]]], missing: set[str], scenario: scenarios.Scenario
-) -> None:
-    peers = [peer for peer in scenario.peers if peer not in missing]
-    first = peers[0]
-    print(f"{'':28}" + "".join(f"{peer:>30}" for peer in peers))
-    for row, by_peer in figures.items():
-        line = f"{row:28}"
-        for peer in peers:
-            values = by_peer[peer]
-            line += f"{median(values):14,.1f} ({min(values):,.1f}-{max(values):,.1f})".rjust(30)
-        ratios = [
-            f"{median(by_peer[first]) / median(by_peer[peer]):.2f} of {peer}" for peer in peers[1:]
-        ]
-        print(line + "   " + ", ".join(ratios))
+def _compare(words: Sequence[str]) -> int:
+    parser = _options("python -m bench compare")
+    parser.add_argument("--scenario", choices=sorted(ALL), help="measure two commits by this one")
+    parser.add_argument("before", help="a result's JSON, or a commit")
+    parser.add_argument("after")
+    asked = parser.parse_args(words)
+    if asked.scenario is None:
+        print(compare.files(Path(asked.before), Path(asked.after)))
+        return 0
+    scenario = ALL[asked.scenario]
+    with _quick(asked.quick):
+        _check_space([asked.scenario], asked.folder)
+        if why := scenario.refuse():
+            raise compare.NothingToCompareError(f"{asked.scenario} can't run here: {why}")
+        with (
+            places.temporary(asked.folder, in_memory=scenario.in_memory) as folder,
+            compare.worktrees(asked.before, asked.after) as trees,
+        ):
+            both = compare.of_trees(scenario, trees)
+            result = runner.measure(asked.scenario, both, folder, pick(asked.rounds, 1))
+    print(compare.peers(result))
+    return 0
+
+
+def _readme(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench readme")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args(words)
+    readme.write(asked.results)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""What is measured. A measurement returns figures by row; the first peer is mirrord."""
+"""One disk, or several, over NBD, as fio sees them; and what all scenarios share."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from bench import processes
+from bench.model import MIB, Measure, Scenario, Target, pick
 from bench.servers import (
-    MIRRORD,
-    attach,
-    mirrord,
+    Served,
     need,
     run,
     served_by_mirrord,
@@ -22,31 +22,27 @@ from bench.servers import (
     served_by_qemu,
 )
 
-MIB = 1 << 20
 DISK_BYTES = 512 * MIB  # fits any page cache: what is measured is the server
-MOVED_BYTES = 1024 * MIB
-MOVED_DATA = 0.6
-FIO_S = 2
-SPACE_BYTES = 6 * 1024 * MIB
+SMALL_BYTES = 16 * MIB  # of a smoke test
+FIO_S, QUICK_FIO_S = 2.0, 0.1
+MANY = 4
 
-Measure = Callable[[Path], dict[str, float]]
-Serve = Callable[[Path, Path], AbstractContextManager[str]]
+Serve = Callable[..., AbstractContextManager[Served]]
 
-
-@dataclass(frozen=True)
-class Scenario:
-    """Rows of figures by peer; `unit` says what they are."""
-
-    title: str
-    unit: str
-    peers: dict[str, Measure]
-    in_memory: bool = False  # unless a folder is asked for
-    rounds: int | None = None  # without a warm-up; else as many as are asked for, after one
+QSD, NBDKIT = "qemu-storage-daemon", "nbdkit file"
+POINTS = (
+    ("randread", "4k", 1),
+    ("randread", "4k", 32),
+    ("randwrite", "4k", 1),
+    ("randwrite", "4k", 32),
+    ("read", "1m", 8),
+    ("write", "1m", 8),
+)
 
 
-def make_disk(folder: Path, size: int, data: float) -> Path:
+def make_disk(folder: Path, size: int, data: float, name: str = "disk") -> Path:
     """Make a disk once: random data, then a hole. Its pages are warm."""
-    disk = folder / f"disk-{size >> 20}.raw"
+    disk = folder / f"{name}-{size >> 20}.raw"
     if not disk.exists():
         with disk.open("wb") as file:
             for _ in range(int(size * data) // MIB):
@@ -56,85 +52,94 @@ def make_disk(folder: Path, size: int, data: float) -> Path:
     return disk
 
 
-def fio(uri: str, rw: str, depth: int, block: str) -> float:
-    """Return the requests a second of a load that fio makes."""
-    command = [need("fio"), "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={rw}"]
-    command += [f"--bs={block}", f"--iodepth={depth}", f"--size={DISK_BYTES}", "--time_based"]
-    command += [f"--runtime={FIO_S}", "--output-format=json"]
-    told = run(*command)
-    job = json.loads(told[told.index("{") :])["jobs"][0]
+def _fio_command(uri: str, *options: str) -> list[str]:
+    """Return the command of one load; its size is the disk's."""
+    size = pick(DISK_BYTES, SMALL_BYTES)
+    runtime_ms = int(1000 * pick(FIO_S, QUICK_FIO_S))
+    command = [need("fio"), "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--size={size}"]
+    command += ["--time_based", f"--runtime={runtime_ms}ms", "--output-format=json"]
+    return [*command, "--group_reporting", *options]
+
+
+def _requests(told: str) -> float:
+    job: dict[str, Any] = json.loads(told[told.index("{") :])["jobs"][0]
     return float(job["read"]["iops"] + job["write"]["iops"])
 
 
-def _nbd(serve: Serve) -> Measure:
+def fio(uri: str, rw: str, depth: int, block: str, *options: str) -> float:
+    """Return the requests a second of a load that fio makes."""
+    load = (f"--rw={rw}", f"--bs={block}", f"--iodepth={depth}", *options)
+    return _requests(run(*_fio_command(uri, *load)))
+
+
+def fio_at_once(uris: Iterable[str], *options: str) -> float:
+    """Return the requests a second of loads that run at the same time, all together."""
+    loads: list[subprocess.Popen[str]] = []
+    try:
+        for uri in uris:
+            command = _fio_command(uri, *options)
+            loads.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        total = sum(_requests(load.communicate()[0]) for load in loads)
+    finally:
+        for load in loads:
+            load.kill()
+            load.wait()
+    return total
+
+
+def _disks(folder: Path, count: int) -> list[Path]:
+    size = pick(DISK_BYTES, SMALL_BYTES)
+    return [make_disk(folder, size, 1.0, f"disk{number}") for number in range(count)]
+
+
+def _points(serve: Serve, *, direct: bool = False) -> Measure:
     def measure(folder: Path) -> dict[str, float]:
-        disk = make_disk(folder, DISK_BYTES, 1.0)
-        with serve(folder, disk) as uri:
+        with serve(folder, _disks(folder, 1), direct=direct) as served:
             return {
-                f"{rw} {block}, depth {depth}": fio(uri, rw, depth, block)
-                for rw, block, depth in (
-                    ("randread", "4k", 1),
-                    ("randread", "4k", 32),
-                    ("randwrite", "4k", 1),
-                    ("randwrite", "4k", 32),
-                    ("read", "1m", 8),
-                    ("write", "1m", 8),
-                )
+                f"{rw} {block}, depth {depth}": fio(served.uris[0], rw, depth, block)
+                for rw, block, depth in POINTS
             }
 
     return measure
 
 
-def _timed(work: Callable[[], object]) -> float:
-    os.sync()
-    began = time.monotonic()
-    work()
-    return time.monotonic() - began
-
-
-def _moved(verify: str) -> Measure:
+def _mixed(serve: Serve) -> Measure:
     def measure(folder: Path) -> dict[str, float]:
-        disk, copy = make_disk(folder, MOVED_BYTES, MOVED_DATA), folder / "vm.raw"
-        target = folder / "moved.raw"
-        run("cp", "--sparse=always", disk, copy)
-        with mirrord(folder) as control:
-            attach(control, "vm", copy)
-            command = (*MIRRORD, "move", "vm", target, "--verify", verify)
-            taken_s = _timed(lambda: run(*command, MIRRORD_SOCKET=str(control)))
-        target.unlink()
-        return {"1 GiB, 60 % data": taken_s}
+        load = ("--rw=randrw", "--rwmixread=70", "--bsrange=4k-64k", "--iodepth=16", "--fsync=64")
+        with serve(folder, _disks(folder, 1)) as served:
+            return {"70 % reads, 4-64 KiB, depth 16": _requests(_told(served, load))}
 
     return measure
 
 
-def _copied(*command: str) -> Measure:
+def _told(served: Served, load: Sequence[str]) -> str:
+    return run(*_fio_command(served.uris[0], *load))
+
+
+def _many(serve: Serve) -> Measure:
     def measure(folder: Path) -> dict[str, float]:
-        disk, target = make_disk(folder, MOVED_BYTES, MOVED_DATA), folder / "copied.raw"
-        need(command[0])
-
-        def work() -> None:
-            run(*command, disk, target)
-            descriptor = os.open(target, os.O_RDONLY)
-            os.fsync(descriptor)  # mirrord's target is durable when the move is done
-            os.close(descriptor)
-
-        taken_s = _timed(work)
-        target.unlink()
-        return {"1 GiB, 60 % data": taken_s}
+        figures: dict[str, float] = {}
+        disks = _disks(folder, MANY)
+        for word in ("randread", "randwrite"):
+            load = (f"--rw={word}", "--bs=4k", "--iodepth=16")
+            with serve(folder, disks[:1]) as served:
+                row = f"{word}, {MANY} connections"
+                _with_processors(figures, served, row, served.uris * MANY, load)
+            with serve(folder, disks) as served:
+                row = f"{word}, {MANY} disks"
+                _with_processors(figures, served, row, served.uris, load)
+        return figures
 
     return measure
 
 
-def _latency_while_moving(folder: Path) -> dict[str, float]:
-    disk, copy = make_disk(folder, DISK_BYTES, 1.0), folder / "vm.raw"
-    target = folder / "moved.raw"
-    shutil.copyfile(disk, copy)
-    with mirrord(folder) as control:
-        attach(control, "vm", copy)
-        run(*MIRRORD, "move", "vm", target, MIRRORD_SOCKET=str(control))
-        jobs = json.loads(run(*MIRRORD, "jobs", "vm", "--json", MIRRORD_SOCKET=str(control)))
-    target.unlink()
-    return {"pause": float(jobs[0]["pause_ms"])}
+def _with_processors(
+    figures: dict[str, float], served: Served, row: str, uris: list[str], load: Sequence[str]
+) -> None:
+    used_s, began = processes.all_processor_s(served.pids), time.monotonic()
+    figures[row] = fio_at_once(uris, *load)
+    used_s = processes.all_processor_s(served.pids) - used_s
+    figures[f"{row}: processors"] = used_s / (time.monotonic() - began)
 
 
 ALL: dict[str, Scenario] = {
@@ -142,24 +147,47 @@ ALL: dict[str, Scenario] = {
         "one disk over NBD on a unix socket, warm",
         "requests a second",
         {
-            "mirrord": _nbd(served_by_mirrord),
-            "qemu-storage-daemon": _nbd(served_by_qemu),
-            "nbdkit file": _nbd(served_by_nbdkit),
+            "mirrord": _points(served_by_mirrord),
+            QSD: _points(served_by_qemu),
+            NBDKIT: _points(served_by_nbdkit),
         },
+        targets=(Target("*", (QSD,), least=1.5), Target("*", (NBDKIT,), least=1.0)),
+        space_mib=1024,
     ),
-    "move": Scenario(
-        "an idle disk to another file of the same file system, durable at the end",
-        "seconds",
+    "nbd-direct": Scenario(
+        "one disk over NBD on a unix socket, past the page cache",
+        "requests a second",
         {
-            "mirrord, unverified": _moved("none"),
-            "mirrord, verified": _moved("full"),
-            "qemu-img convert": _copied("qemu-img", "convert", "-f", "raw", "-O", "raw"),
-            "cp --sparse": _copied("cp", "--sparse=always"),
+            "mirrord": _points(served_by_mirrord, direct=True),
+            QSD: _points(served_by_qemu, direct=True),
         },
+        targets=(Target("*", (QSD,), least=1.0),),
+        space_mib=1024,
     ),
-    "pause": Scenario(
-        "pause of the guest at the cutover of an idle disk",
-        "milliseconds",
-        {"mirrord": _latency_while_moving},
+    "nbd-mixed": Scenario(
+        "reads and writes of many sizes, and a flush after every 64 writes",
+        "requests a second",
+        {
+            "mirrord": _mixed(served_by_mirrord),
+            QSD: _mixed(served_by_qemu),
+            NBDKIT: _mixed(served_by_nbdkit),
+        },
+        targets=(Target("*", (QSD,), least=1.2),),
+        space_mib=1024,
+    ),
+    "nbd-many": Scenario(
+        "four connections to one disk; four disks at once; 4 KiB at depth 16 each, warm",
+        "requests a second, and processors that the server uses meanwhile",
+        {
+            "mirrord": _many(served_by_mirrord),
+            QSD: _many(served_by_qemu),
+            NBDKIT: _many(served_by_nbdkit),
+        },
+        less_is_better=("*: processors",),
+        targets=(
+            Target("* connections", (QSD,), least=1.5),
+            Target("* disks", (QSD,), least=1.5),
+        ),
+        space_mib=3 * 1024,
     ),
 }

@@ -8,19 +8,33 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from bench import processes
+from bench.model import MissingPeerError
+
 READY_S = 10.0
-MIRRORD = (sys.executable, "-m", "mirrord")
+END_S = 10.0
+# -P: what PYTHONPATH names comes before the folder that the benchmark is run in.
+MIRRORD = (sys.executable, "-P", "-m", "mirrord")
 
 
-class MissingPeerError(Exception):
-    """A program to compare with isn't installed."""
+@dataclass(frozen=True)
+class Served:
+    """Where a server's disks are reached, and the processes that serve them."""
+
+    uris: list[str]
+    pids: list[int]
 
 
 def need(program: str) -> str:
-    """Return where `program` is."""
+    """Return where `program` is.
+
+    Raises:
+        MissingPeerError: It isn't installed.
+    """
     found = shutil.which(program)
     if found is None:
         raise MissingPeerError(program)
@@ -42,66 +56,105 @@ def run(*command: str | Path, **environment: str) -> str:
 
 @contextlib.contextmanager
 def mirrord(folder: Path, config: Path | None = None) -> Iterator[Path]:
-    """A daemon with everything in `folder`; yields its control socket."""
+    """A daemon with everything in `folder`; yields its control socket.
+
+    It is in a session of its own, so that an interrupt from the terminal doesn't end it before
+    its disks are detached. Disk processes that are left then are ended.
+    """
     control = folder / "c.sock"
     command = [*MIRRORD, "daemon", "--state-dir", str(folder / "state")]
     command += ["--runtime-dir", str(folder / "run"), "--socket", str(control)]
     if config is not None:
         command += ["--config", str(config)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as daemon:
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as daemon:
         try:
-            _wait_for(control)
+            wait_for(control)
             yield control
         finally:
             with contextlib.suppress(RuntimeError):  # else it hides what went wrong before
                 for name in _disks(control):  # a disk's process would outlive the daemon
                     run(*MIRRORD, "detach", name, "--force", MIRRORD_SOCKET=str(control))
             daemon.terminate()
+            daemon.wait()
+            processes.end(processes.disk_processes(folder))
 
 
-def attach(control: Path, name: str, disk: Path | str) -> Path:
+def attach(control: Path, name: str, disk: Path | str, *options: str) -> Path:
     """Serve a file, or what an address names, by a running mirrord; return the NBD socket."""
-    run(*MIRRORD, "attach", name, disk, MIRRORD_SOCKET=str(control))
+    run(*MIRRORD, "attach", name, disk, *options, MIRRORD_SOCKET=str(control))
     return control.parent / "run" / "nbd" / f"{name}.sock"
 
 
 @contextlib.contextmanager
-def served_by_mirrord(folder: Path, disk: Path) -> Iterator[str]:
-    """Yields the URI of the disk."""
+def served_by_mirrord(
+    folder: Path, disks: Sequence[Path], *, direct: bool = False
+) -> Iterator[Served]:
+    """A daemon, and a process for each disk."""
+    options = ("--cache", "direct") if direct else ()
     with mirrord(folder) as control:
-        yield f"nbd+unix:///disk?socket={attach(control, 'disk', disk)}"
+        uris = []
+        for number, disk in enumerate(disks):
+            socket = attach(control, f"disk{number}", disk, *options)
+            uris.append(f"nbd+unix:///disk{number}?socket={socket}")
+        yield Served(uris, processes.disk_processes(folder))
 
 
 @contextlib.contextmanager
-def served_by_qemu(folder: Path, disk: Path) -> Iterator[str]:
-    """qemu-storage-daemon with io_uring; yields the URI of the disk."""
+def served_by_qemu(
+    folder: Path, disks: Sequence[Path], *, direct: bool = False, qmp: Path | None = None
+) -> Iterator[Served]:
+    """qemu-storage-daemon with io_uring and an export for each disk; with QMP on a socket."""
     socket = folder / "qsd.sock"
     socket.unlink(missing_ok=True)  # an earlier round's
-    command = [need("qemu-storage-daemon"), "--blockdev"]
-    command += [f"driver=file,node-name=disk,filename={disk},aio=io_uring"]
-    command += ["--nbd-server", f"addr.type=unix,addr.path={socket}"]
-    command += ["--export", "type=nbd,id=e,node-name=disk,name=disk,writable=on"]
-    with subprocess.Popen(command) as server:
-        try:
-            _wait_for(socket)
-            yield f"nbd+unix:///disk?socket={socket}"
-        finally:
-            server.terminate()
+    command = [need("qemu-storage-daemon")]
+    command += ["--nbd-server", f"addr.type=unix,addr.path={socket},max-connections=0"]
+    for number, disk in enumerate(disks):
+        cache = "on" if direct else "off"
+        command += ["--blockdev", f"driver=file,node-name=disk{number},filename={disk},"
+                    f"aio=io_uring,cache.direct={cache}"]  # fmt: skip
+        command += ["--export", f"type=nbd,id=e{number},node-name=disk{number},"
+                    f"name=disk{number},writable=on"]  # fmt: skip
+    if qmp is not None:
+        qmp.unlink(missing_ok=True)
+        command += ["--chardev", f"socket,id=qmp,path={qmp},server=on,wait=off"]
+        command += ["--monitor", "chardev=qmp"]
+    uris = [f"nbd+unix:///disk{number}?socket={socket}" for number in range(len(disks))]
+    with _server(command, socket) as pid:
+        if qmp is not None:
+            wait_for(qmp)
+        yield Served(uris, [pid])
 
 
 @contextlib.contextmanager
-def served_by_nbdkit(folder: Path, disk: Path) -> Iterator[str]:
-    """nbdkit's file plugin; yields the URI of the disk."""
-    socket = folder / "nbdkit.sock"
-    socket.unlink(missing_ok=True)
-    command = [need("nbdkit"), "--foreground", "--exit-with-parent"]
-    command += ["--unix", str(socket), "file", str(disk)]
-    with subprocess.Popen(command) as server:
+def served_by_nbdkit(
+    folder: Path, disks: Sequence[Path], *, direct: bool = False
+) -> Iterator[Served]:
+    """nbdkit's file plugin, a process for each disk; it has no way past the page cache."""
+    assert not direct
+    with contextlib.ExitStack() as stack:
+        uris, pids = [], []
+        for number, disk in enumerate(disks):
+            socket = folder / f"nbdkit{number}.sock"
+            socket.unlink(missing_ok=True)
+            command = [need("nbdkit"), "--foreground", "--exit-with-parent"]
+            command += ["--unix", str(socket), "file", str(disk)]
+            pids.append(stack.enter_context(_server(command, socket)))
+            uris.append(f"nbd+unix:///?socket={socket}")
+        yield Served(uris, pids)
+
+
+@contextlib.contextmanager
+def _server(command: list[str], socket: Path) -> Iterator[int]:
+    with subprocess.Popen(command, start_new_session=True) as server:
         try:
-            _wait_for(socket)
-            yield f"nbd+unix:///?socket={socket}"
+            wait_for(socket)
+            yield server.pid
         finally:
             server.terminate()
+            try:
+                server.wait(END_S)
+            except subprocess.TimeoutExpired:  # it is stuck
+                server.kill()
 
 
 def _disks(control: Path) -> list[str]:
@@ -109,7 +162,8 @@ def _disks(control: Path) -> list[str]:
     return [line.split()[0] for line in lines if line.strip()]
 
 
-def _wait_for(path: Path) -> None:
+def wait_for(path: Path) -> None:
+    """Wait until a path is there."""
     give_up = time.monotonic() + READY_S
     while not path.exists():
         if time.monotonic() > give_up:

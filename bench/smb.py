@@ -14,10 +14,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from bench.nbd_load import Measured
+from bench.loads import loaded as _load
+from bench.loads import quantile_ms
 from bench.scenarios import DISK_BYTES, MIB, Measure, Scenario, fio, make_disk
 from bench.servers import attach, mirrord, run
 from mirrord.control.client import Client
@@ -91,30 +92,6 @@ def _peer(name: str, work: str, size: int) -> Measure:
 # A guest.
 
 
-@contextlib.contextmanager
-def _load(socket: Path, name: str, *options: str) -> Iterator[Measured]:
-    """A paced load in a process of its own; what it measured is there at the end."""
-    measured: Measured = []
-    command = [sys.executable, "-m", "bench.nbd_load", str(socket), name, *options]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        if process.stdout.readline() != "ready\n":
-            raise RuntimeError("the load doesn't begin")
-        yield measured
-        told = process.communicate()[0]  # which closes its standard input, too
-        if process.returncode:
-            raise RuntimeError("the load failed")
-        measured += json.loads(told)
-
-
-def _of(values: Sequence[float], share: float) -> float:
-    """Return the value that `share` of all are not above, in milliseconds."""
-    ordered = sorted(values)
-    return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
 def _guest(where: str) -> Measure:
     def measure(folder: Path) -> dict[str, float]:
         encrypted = where == "encrypted"
@@ -184,10 +161,10 @@ def _live(where: str) -> Measure:
         first_s, last_s = _entered_s(job, "copying"), _entered_s(job, "cutting-over")
         during = [took for at, took, _ in measured if first_s < at < last_s]
         return {
-            "p99 without a move": _of(before, 0.99),
-            "p50 before the commit": _of(during, 0.5),
-            "p99 before the commit": _of(during, 0.99),
-            "p99.9 before the commit": _of(during, 0.999),
+            "p99 without a move": quantile_ms(before, 0.99),
+            "p50 before the commit": quantile_ms(during, 0.5),
+            "p99 before the commit": quantile_ms(during, 0.99),
+            "p99.9 before the commit": quantile_ms(during, 0.999),
             "the move took": 1000 * (last_s - first_s),
         }
 
@@ -203,7 +180,11 @@ def _pause(where: str) -> Measure:
                 for _ in range(PAUSES):
                     pauses.append((_move(client, "vm", target).pause_ms or 0) / 1000)
                     _move(client, "vm", str(folder / "vm.raw"))
-        return {"p50": _of(pauses, 0.5), "p99": _of(pauses, 0.99), "most": _of(pauses, 1)}
+        return {
+            "p50": quantile_ms(pauses, 0.5),
+            "p99": quantile_ms(pauses, 0.99),
+            "most": quantile_ms(pauses, 1),
+        }
 
     return measure
 
@@ -238,7 +219,10 @@ def _beside(copy: str) -> Measure:
         figures: dict[str, float] = {}
         for word, wanted in (("read", 1), ("write", 0)):
             took = [took for took, read in during if read == wanted]
-            figures |= {f"{word} p50": _of(took, 0.5), f"{word} p99": _of(took, 0.99)}
+            figures |= {
+                f"{word} p50": quantile_ms(took, 0.5),
+                f"{word} p99": quantile_ms(took, 0.99),
+            }
         return figures | {"it took": 1000 * (last_s - first_s)}
 
     return measure

@@ -1,0 +1,79 @@
+"""What processes used: processor time, memory, switches, read from /proc.
+
+Processes are found by the folder that their command line names, so that only those that the
+benchmark itself started are ever looked at or ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+TICKS_S = os.sysconf("SC_CLK_TCK")
+
+
+def below(folder: Path, word: str = "") -> list[int]:
+    """Return the processes with a path below `folder` and `word` in their command lines."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                told = (entry / "cmdline").read_bytes().decode(errors="replace")
+                if f"{folder}/" in told and word in told:
+                    found.append(int(entry.name))
+    return sorted(found)
+
+
+def disk_processes(folder: Path) -> list[int]:
+    """Return the disk processes of the daemon that has everything in `folder`."""
+    return below(folder, "mirrord.service.disk_process")
+
+
+def end(pids: Iterable[int]) -> None:
+    """Tell processes to end; those that already have are no error."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
+def processor_s(pid: int) -> float:
+    """Return the processor time that a process used until now; 0 when it is gone."""
+    try:
+        told = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    fields = told.rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_S
+
+
+def all_processor_s(pids: Iterable[int]) -> float:
+    """Return the sum over processes."""
+    return sum(processor_s(pid) for pid in pids)
+
+
+def pss_mib(pid: int) -> float:
+    """Return a process's proportional share of memory."""
+    return _number(f"/proc/{pid}/smaps_rollup", "Pss") / 1024
+
+
+def peak_rss_mib(pid: int) -> float:
+    """Return the most memory that a process had resident."""
+    return _number(f"/proc/{pid}/status", "VmHWM") / 1024
+
+
+def voluntary_switches(pid: int) -> int:
+    """Return how often the threads of a process went to sleep."""
+    return sum(_number(f"{path}/status", "voluntary_ctxt_switches") for path in _threads(pid))
+
+
+def _threads(pid: int) -> Iterator[Path]:
+    yield from Path(f"/proc/{pid}/task").iterdir()
+
+
+def _number(path: str, name: str) -> int:
+    found = re.search(rf"^{name}:\s*(\d+)", Path(path).read_text(), re.M)
+    return int(found[1]) if found else 0
