@@ -1,5 +1,6 @@
 # make demo   install mirrord into .venv and move a live disk, showing what happens
 # make test   install what the tests need and run all of them
+# make bench  install what the tests need and measure beside other programs
 #
 # Each target does its own set-up, and does it once: a second run starts at once.
 
@@ -7,12 +8,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2# test processes: the suite is written for two cores
 
-.PHONY: demo test lint packages clean help
+.PHONY: demo test lint bench bench-readme packages clean help
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo 'make lint   ruff and mypy alone'
+	@echo 'make bench SCENARIOS="nbd copy"   some of it; make bench-readme writes the figures down'
 	@echo 'make clean  remove .venv, caches and everything else that was made here'
 
 demo: $(VENV)/.installed
@@ -27,6 +29,13 @@ test: packages lint
 lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
+
+# Of an hour or more, and it wants 21 GiB in /tmp (BENCH_ARGS="--folder …") and a quiet machine.
+bench: $(VENV)/.installed-for-tests
+	$(BIN)/python -m bench $(SCENARIOS) $(BENCH_ARGS)
+
+bench-readme: $(VENV)/.installed
+	$(BIN)/python -m bench readme
 
 packages:
 	.ci/packages

@@ -111,7 +111,7 @@ def _report(name: str, asked: argparse.Namespace) -> None:
     print(f"\n{table(result)}", flush=True)
     asked.results.mkdir(parents=True, exist_ok=True)
     (asked.results / f"{name}.json").write_text(json.dumps(result, indent=1))
-    if plots.can_draw():
+    if plots.can_draw() and not result["quick"]:
         plots.draw(result, asked.results / f"{name}.png")
 
 

@@ -16,6 +16,7 @@ from bench import processes
 from bench.model import MIB, Measure, Scenario, Target, pick
 from bench.places import file_system, why_no_file_system
 from bench.servers import MIRRORD, attach, mirrord, need, run
+from mirrord.control.client import Client
 
 DISK_BYTES, QUICK_BYTES = 4096 * MIB, 20 * MIB
 DATA_MIB, HOLE_MIB = 3, 2  # in turn: 60 % data
@@ -100,8 +101,8 @@ def _moved(verify: str) -> Measure:
     def measure(folder: Path) -> dict[str, float]:
         figures: dict[str, float] = {}
         ways = [*_ways(folder), *(_clones(folder) if verify == "none" else ())]
-        for row, source, target in ways:
-            with mirrord(folder) as control:
+        with mirrord(folder) as control, contextlib.closing(Client(control)) as client:
+            for row, source, target in ways:
                 attach(control, "vm", source)
                 _warm(source)
                 servers = processes.below(folder)
@@ -111,8 +112,9 @@ def _moved(verify: str) -> Measure:
                     MIRRORD_SOCKET=str(control))  # fmt: skip
                 taken_s = time.monotonic() - began
                 used_s = processes.all_processor_s(servers) + _children_s() - used_s
-            target.unlink()
-            _keep(figures, row, taken_s, used_s)
+                client.detach("vm")
+                target.unlink()
+                _keep(figures, row, taken_s, used_s)
         return figures
 
     return measure

@@ -18,15 +18,15 @@ from bench.servers import attach, mirrord, run
 from mirrord.control.client import Client
 from mirrord.control.messages import MoveRequest
 
-LIVE_BYTES, QUICK_LIVE_BYTES = 1024 * MIB, 64 * MIB
-LIVE_RATE = 3000  # 4 KiB writes a second
+LIVE_BYTES, QUICK_LIVE_BYTES = 1024 * MIB, 32 * MIB
+LIVE_RATE, QUICK_LIVE_RATE = 3000, 300  # 4 KiB writes a second
 QUIET_S = 0.5  # of load before a move
 GIVE_UP_S, QUICK_GIVE_UP_S = 120.0, 5.0
 
 LIMIT, QUICK_LIMIT = 40 * MIB, 16 * MIB  # bytes a second, of the move
 # Too many for a mirror whose bitmap has 64 KiB a bit: it dirties 62 MiB a second. 4 MiB are new.
 CONVERGE_RATE, QUICK_CONVERGE_RATE = 1000, 500
-CONVERGE_TIMES = 4  # the ideal time, then a mirror is given up
+CONVERGE_TIMES, QUICK_CONVERGE_TIMES = 4.0, 2.0  # the ideal time, then a mirror is given up
 
 PAUSED_BYTES = 64 * MIB
 PAUSES, QUICK_PAUSES = 100, 3
@@ -81,7 +81,7 @@ def _rows(measured: Measured, first_s: float, last_s: float, took_s: float) -> d
 def _live_mirrord(folder: Path) -> dict[str, float]:
     with (
         _attached(folder, pick(LIVE_BYTES, QUICK_LIVE_BYTES)) as (client, socket, target),
-        loaded(socket, "vm", "--rate", str(LIVE_RATE)) as measured,
+        loaded(socket, "vm", "--rate", str(pick(LIVE_RATE, QUICK_LIVE_RATE))) as measured,
     ):
         time.sleep(QUIET_S)
         first_s = time.time()
@@ -108,7 +108,7 @@ def _live_mirror(mode: str) -> Measure:
         size = pick(LIVE_BYTES, QUICK_LIVE_BYTES)
         with (
             _mirrored(folder, size) as (qmp, socket, target),
-            loaded(socket, "disk0", "--rate", str(LIVE_RATE)) as measured,
+            loaded(socket, "disk0", "--rate", str(pick(LIVE_RATE, QUICK_LIVE_RATE))) as measured,
         ):
             time.sleep(QUIET_S)
             first_s = time.time()
@@ -120,7 +120,7 @@ def _live_mirror(mode: str) -> Measure:
 
 
 def _converge_bytes() -> int:
-    return pick(DISK_BYTES, QUICK_LIVE_BYTES // 2)
+    return pick(DISK_BYTES, SMALL_BYTES)
 
 
 def _ideal_s() -> float:
@@ -147,7 +147,7 @@ def _converge_mirror(mode: str) -> Measure:
     def measure(folder: Path) -> dict[str, float]:
         rate = str(pick(CONVERGE_RATE, QUICK_CONVERGE_RATE))
         size, limit = _converge_bytes(), pick(LIMIT, QUICK_LIMIT)
-        give_up_s = CONVERGE_TIMES * _ideal_s()
+        give_up_s = pick(CONVERGE_TIMES, QUICK_CONVERGE_TIMES) * _ideal_s()
         with (
             _mirrored(folder, size) as (qmp, socket, target),
             loaded(socket, "disk0", "--rate", rate),

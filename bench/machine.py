@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def is_busy(load: float) -> bool:
     return load > BUSY_LOAD * (os.cpu_count() or 1)
 
 
+@cache
 def _first_line(*command: str) -> str | None:
     told = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = (told.stdout or told.stderr).strip().splitlines()

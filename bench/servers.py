@@ -14,6 +14,9 @@ from pathlib import Path
 
 from bench import processes
 from bench.model import MissingPeerError
+from mirrord.control.client import Client
+from mirrord.control.messages import AttachRequest
+from mirrord.errors import MirrordError
 
 READY_S = 10.0
 END_S = 10.0
@@ -71,17 +74,17 @@ def mirrord(folder: Path, config: Path | None = None) -> Iterator[Path]:
             wait_for(control)
             yield control
         finally:
-            with contextlib.suppress(RuntimeError):  # else it hides what went wrong before
-                for name in _disks(control):  # a disk's process would outlive the daemon
-                    run(*MIRRORD, "detach", name, "--force", MIRRORD_SOCKET=str(control))
+            with contextlib.suppress(MirrordError, OSError):  # else it hides what went wrong before
+                _detach_all(control)  # a disk's process would outlive the daemon
             daemon.terminate()
             daemon.wait()
             processes.end(processes.disk_processes(folder))
 
 
-def attach(control: Path, name: str, disk: Path | str, *options: str) -> Path:
+def attach(control: Path, name: str, disk: Path | str, *, direct: bool = False) -> Path:
     """Serve a file, or what an address names, by a running mirrord; return the NBD socket."""
-    run(*MIRRORD, "attach", name, disk, *options, MIRRORD_SOCKET=str(control))
+    with contextlib.closing(Client(control)) as client:
+        client.attach(AttachRequest(name, str(disk), cache="direct" if direct else "writeback"))
     return control.parent / "run" / "nbd" / f"{name}.sock"
 
 
@@ -90,11 +93,10 @@ def served_by_mirrord(
     folder: Path, disks: Sequence[Path], *, direct: bool = False
 ) -> Iterator[Served]:
     """A daemon, and a process for each disk."""
-    options = ("--cache", "direct") if direct else ()
     with mirrord(folder) as control:
         uris = []
         for number, disk in enumerate(disks):
-            socket = attach(control, f"disk{number}", disk, *options)
+            socket = attach(control, f"disk{number}", disk, direct=direct)
             uris.append(f"nbd+unix:///disk{number}?socket={socket}")
         yield Served(uris, processes.disk_processes(folder))
 
@@ -157,9 +159,10 @@ def _server(command: list[str], socket: Path) -> Iterator[int]:
                 server.kill()
 
 
-def _disks(control: Path) -> list[str]:
-    lines = run(*MIRRORD, "ls", MIRRORD_SOCKET=str(control)).splitlines()[1:]
-    return [line.split()[0] for line in lines if line.strip()]
+def _detach_all(control: Path) -> None:
+    with contextlib.closing(Client(control)) as client:
+        for disk in client.disks():
+            client.detach(disk.name, force=True)
 
 
 def wait_for(path: Path) -> None:

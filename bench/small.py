@@ -77,7 +77,7 @@ def _timed_move(folder: Path, disk: Path) -> tuple[float, float, float]:
     os.sync()
     with mirrord(folder) as control:
         began = time.monotonic()
-        attach(control, "vm", disk)
+        run(*MIRRORD, "attach", "vm", disk, MIRRORD_SOCKET=str(control))
         attached = time.monotonic()
         run(*MIRRORD, "move", "vm", target, "--verify", "none", "--keep-source",
             MIRRORD_SOCKET=str(control))  # fmt: skip
