@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from mirrord.control.messages import Job, MoveRequest
 
 LOOK_S = 0.05  # between two looks at a job: they cost the daemon time
 MOVE_S = 300
+ROUNDING = 1e-9  # 0.99 of a hundred is 99, whatever floats say
 
 
 class LoadFailedError(Exception):
@@ -48,9 +50,10 @@ def loaded(socket: Path | str, name: str, *options: str) -> Iterator[Measured]:
 
 
 def quantile_ms(values_s: Sequence[float], share: float) -> float:
-    """Return the value that `share` of all are not above, in milliseconds."""
+    """Return the least value that `share` of all are not above (nearest rank), in milliseconds."""
     ordered = sorted(values_s)
-    return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    rank = math.ceil(share * len(ordered) - ROUNDING)
+    return 1000 * ordered[max(0, rank - 1)]
 
 
 def between(measured: Measured, first_s: float, last_s: float) -> list[float]:

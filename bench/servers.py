@@ -62,8 +62,10 @@ def mirrord(folder: Path, config: Path | None = None) -> Iterator[Path]:
     """A daemon with everything in `folder`; yields its control socket.
 
     It is in a session of its own, so that an interrupt from the terminal doesn't end it before
-    its disks are detached. Disk processes that are left then are ended.
+    its disks are detached. Disk processes that are left then are ended. Its state is new: it
+    knows no jobs of earlier rounds.
     """
+    shutil.rmtree(folder / "state", ignore_errors=True)
     control = folder / "c.sock"
     command = [*MIRRORD, "daemon", "--state-dir", str(folder / "state")]
     command += ["--runtime-dir", str(folder / "run"), "--socket", str(control)]

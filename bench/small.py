@@ -165,7 +165,7 @@ def _cli(folder: Path) -> dict[str, float]:
                 "mirrord ls": _asked_ms(control, "ls"),
                 "mirrord jobs": _asked_ms(control, "jobs"),
             }
-        for job in client.jobs():
+        for job in (job for job in client.jobs() if not job.ended_already):
             client.steer(job.id, "cancel")
         client.close()
     return figures
