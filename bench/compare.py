@@ -71,10 +71,8 @@ def verdicts(pairs: dict[str, tuple[list[float], list[float]]], less: set[str]) 
         except ValueError as error:
             lines.append(f"{name:{width}}  {error}")
             continue
-        lines.append(
-            f"{name:{width}}  {number(found.ratio):>6} of before "
-            f"({number(found.low)} to {number(found.high)})  {found.word}"
-        )
+        known = f" ({number(found.low)} to {number(found.high)})" if found.low else ""
+        lines.append(f"{name:{width}}  {number(found.ratio):>6} of before{known}  {found.word}")
     return "\n".join(lines)
 
 

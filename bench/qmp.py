@@ -109,5 +109,6 @@ def mirror(qmp: Qmp, target: Path, size: int, mode: str, give_up_s: float, speed
             if "error" in ended["data"]:
                 raise RuntimeError(f"blockdev-mirror: {ended['data']['error']}")
             return time.monotonic() - began
-    qmp.ask("block-job-cancel", device=JOB, force=True)
+    with contextlib.suppress(RuntimeError):  # it has just completed: too late is too late
+        qmp.ask("block-job-cancel", device=JOB, force=True)
     return math.inf
