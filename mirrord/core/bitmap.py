@@ -157,6 +157,23 @@ class DirtyBitmap:
         offset = first << self._shift
         return offset, min(self.size, stop << self._shift) - offset
 
+    def take_chunk(self, cursor: int, chunk_bytes: int, runs_max: int) -> list[tuple[int, int]]:
+        """Return the first run to copy at or after `cursor`, and those behind it in its chunk.
+
+        As `take`, at most `runs_max`; none crosses the chunk's end but a larger block.
+        """
+        runs: list[tuple[int, int]] = []
+        end = self.size
+        while len(runs) < runs_max and self._todo_count and cursor < end:
+            offset = self._todo.find(1, cursor >> self._shift) << self._shift
+            if not 0 <= offset < end:
+                break
+            if not runs:
+                end = min(end, offset - offset % chunk_bytes + chunk_bytes)
+            runs += filter(None, [self.take(offset, end - offset)])
+            cursor = sum(runs[-1])
+        return runs
+
     def retake(self, offset: int, length: int) -> None:
         """Take once more what was taken: it was marked since, but nothing was read yet."""
         first, stop = self._inside(offset, length)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -186,9 +187,9 @@ class Backend(ABC):
         return False
 
     async def carry_from(
-        self, source: Backend, offset: int, length: int, hasher: xxh3_64 | None
+        self, source: Backend, runs: Sequence[tuple[int, int]], hasher: xxh3_64 | None
     ) -> int | None:
-        """Copy the range from `source` through this process, but beside its loop, if that works.
+        """Copy (offset, length) from `source` in this process, but beside its loop, if that works.
 
         Return how much of it wasn't zeroes; those leave holes where there can be some. `hasher`
         has had every byte then, and some of them after an error. Return None, having done

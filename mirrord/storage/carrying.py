@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xxhash import xxh3_64
@@ -25,6 +25,9 @@ BUFFER_BYTES = MIB
 
 # Runs of zeroes are found in units of the usual largest block of file systems.
 ZERO_BYTES = 64 * KIB
+
+# Copied data from this size on leaves the page cache by itself; less is what a guest just wrote.
+ONCE_BYTES_MIN = 64 * KIB
 
 # So many copied pieces are handed to the storage before the first of them is dropped: by then it is
 # stored, and can be.
@@ -89,32 +92,44 @@ class Side:
     has_holes: bool = False  # the source may have some, and tells
 
 
-def carry(source: Side, target: Side, offset: int, length: int, hasher: xxh3_64 | None) -> int:
-    """Make the range of the target equal to the source's; return how much wasn't zeroes. Blocks.
+def carry(
+    source: Side, target: Side, runs: Sequence[tuple[int, int]], hasher: xxh3_64 | None
+) -> int:
+    """Make (offset, length) of the target equal to the source's; return how much wasn't zeroes.
 
-    Every byte goes to `hasher`, in order; after an error it has had some of them.
+    Blocks. Every byte goes to `hasher`, in order; after an error it has had some of them.
 
     Raises:
         OSError: either side's; EIO too where the source has become shorter.
     """
-    end, moved = offset + length, 0
-    while offset < end:
-        extents = [Extent(offset, end - offset, Status.DATA)]
-        if source.has_holes:
-            if os.fstat(source.descriptor).st_size < end:  # else what is gone would be a hole
-                raise OSError(errno.EIO, "the source is shorter now")
-            extents = find_extents(source.descriptor, offset, end)
-        for extent in extents:
-            for at, count in split(extent.offset, extent.length, BUFFER_BYTES):
-                if extent.status is Status.DATA:
-                    moved += _carry_data(source, target, at, count, hasher)
-                else:
-                    zeroes = memoryview(_ZEROES)[:count]
-                    _put(target, at, zeroes, [Run(0, count, True)])
-                    if hasher is not None:
-                        hasher.update(zeroes)
-        offset = extents[-1].end
+    moved = 0
+    for offset, length in runs:
+        end = offset + length
+        while offset < end:
+            extents = _extents(source, offset, end)
+            for extent in extents:
+                for at, count in split(extent.offset, extent.length, BUFFER_BYTES):
+                    if extent.status is Status.DATA:
+                        moved += _carry_data(source, target, at, count, hasher)
+                    else:
+                        _carry_hole(target, at, count, hasher)
+            offset = extents[-1].end
     return moved
+
+
+def _extents(source: Side, offset: int, end: int) -> list[Extent]:
+    if not source.has_holes:
+        return [Extent(offset, end - offset, Status.DATA)]
+    if os.fstat(source.descriptor).st_size < end:  # else what is gone would be a hole
+        raise OSError(errno.EIO, "the source is shorter now")
+    return find_extents(source.descriptor, offset, end)
+
+
+def _carry_hole(target: Side, offset: int, length: int, hasher: xxh3_64 | None) -> None:
+    zeroes = memoryview(_ZEROES)[:length]
+    if hasher is not None:
+        hasher.update(zeroes)
+    _put(target, offset, zeroes, [Run(0, length, True)])
 
 
 def _carry_data(
@@ -126,7 +141,8 @@ def _carry_data(
         hasher.update(view)
     runs = runs_of(view, ZERO_BYTES)
     _put(target, offset, view, runs)
-    target.wake.hand_on(offset, length)
+    if length >= ONCE_BYTES_MIN:
+        target.wake.hand_on(offset, length)
     return sum(run.length for run in runs if not run.is_zero)
 
 
@@ -141,8 +157,9 @@ def _put(target: Side, offset: int, view: memoryview, runs: list[Run]) -> None:
 
 def _whole(move: Callable[..., int], side: Side, offset: int, view: memoryview) -> None:
     """Read or write until all is done."""
+    once = len(view) >= ONCE_BYTES_MIN
     while view:
-        flags = side.wake.flags
+        flags = side.wake.flags if once else 0
         try:
             done = move(side.descriptor, (view,), offset, flags)
         except OSError as error:

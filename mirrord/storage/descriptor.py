@@ -28,7 +28,7 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from xxhash import xxh3_64
@@ -38,6 +38,7 @@ from mirrord.storage.backend import Backend, Buffer, Cache, Capabilities, Identi
 from mirrord.storage.carrying import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
+    ONCE_BYTES_MIN,
     Side,
     Wake,
     carry,
@@ -57,9 +58,6 @@ INLINE_READ_BYTES_MAX = 256 * KIB
 
 # Writes up to this may be done inline (`authoritative`): copying it takes the loop some 15 us.
 INLINE_WRITE_BYTES_MAX = 128 * KIB
-
-# Copied data from this size on leaves the page cache by itself; less is what a guest just wrote.
-ONCE_BYTES_MIN = 64 * KIB
 
 FALLOC_ZERO_RANGE = 0x10
 
@@ -225,15 +223,15 @@ class DescriptorBackend(Backend):
         return await self.write(offset, data)
 
     async def carry_from(
-        self, source: Backend, offset: int, length: int, hasher: xxh3_64 | None
+        self, source: Backend, runs: Sequence[tuple[int, int]], hasher: xxh3_64 | None
     ) -> int | None:
         """Copy in a thread, from page cache to page cache, leaving both as they were."""
         if not isinstance(source, DescriptorBackend) or self._direct or source._direct:
             return None
-        if self.read_only or length < ONCE_BYTES_MIN:
+        if self.read_only:
             return None
         sides = source._side(), self._side()
-        carrying = self._task(self._io.call_long(carry, *sides, offset, length, hasher))
+        carrying = self._task(self._io.call_long(carry, *sides, runs, hasher))
         source.lend_to(carrying)
         return await asyncio.shield(carrying)
 

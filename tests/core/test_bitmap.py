@@ -85,6 +85,54 @@ def test_taking_walks_over_runs_in_pieces() -> None:
     assert bitmap.todo() == BLOCK
 
 
+def test_a_chunk_is_taken_with_all_its_runs() -> None:
+    bitmap = fresh()
+    for block in (1, 2, 5, 7, 8, 9, BLOCKS - 1):
+        bitmap.mark(block * BLOCK, 1)
+    chunk = 8 * BLOCK
+    assert bitmap.take_chunk(2 * BLOCK, chunk, 9) == [
+        (2 * BLOCK, BLOCK), (5 * BLOCK, BLOCK), (7 * BLOCK, BLOCK)
+    ]  # fmt: skip
+    assert bitmap.take_chunk(0, chunk, 9) == [(BLOCK, BLOCK)]
+    assert bitmap.take_chunk(0, chunk, 9) == [(8 * BLOCK, 2 * BLOCK)]
+    assert bitmap.take_chunk(10 * BLOCK, chunk, 9) == [((BLOCKS - 1) * BLOCK, 512)]
+    assert bitmap.take_chunk(0, chunk, 9) == []
+    assert bitmap.todo() == 0
+
+
+@given(
+    st.sets(st.integers(0, BLOCKS - 1)),
+    st.integers(0, BLOCKS),
+    st.integers(1, 9).map(lambda blocks: blocks * BLOCK),
+    st.integers(1, 4),
+)
+def test_taking_a_chunk_is_taking_its_runs_one_by_one(
+    blocks: set[int], cursor: int, chunk_bytes: int, runs_max: int
+) -> None:
+    one, other = fresh(), fresh()
+    for block in blocks:
+        one.mark(block * BLOCK, 1)
+        other.mark(block * BLOCK, 1)
+    runs = one.take_chunk(cursor * BLOCK, chunk_bytes, runs_max)
+    at, expected = cursor * BLOCK, []
+    while len(expected) < runs_max:
+        start = expected[0][0] if expected else at
+        run = other.take(at, start - start % chunk_bytes + chunk_bytes - at if expected else BLOCK)
+        if run is None:
+            break
+        if not expected:  # the first one's chunk is known only now
+            other.put_back(*run)
+            run = other.take(run[0], chunk_bytes - run[0] % chunk_bytes)
+            assert run is not None
+        elif run[0] // chunk_bytes != expected[0][0] // chunk_bytes:
+            other.put_back(*run)
+            break
+        expected.append(run)
+        at = sum(run)
+    assert runs == expected
+    assert one.todo() == other.todo()
+
+
 def test_the_last_block_may_be_short() -> None:
     bitmap = fresh()
     bitmap.mark(SIZE - 1, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -253,16 +253,16 @@ class FaultyBackend(Backend):
         )
 
     async def carry_from(
-        self, source: Backend, offset: int, length: int, hasher: xxh3_64 | None
+        self, source: Backend, runs: Sequence[tuple[int, int]], hasher: xxh3_64 | None
     ) -> int | None:
         """A read of the source and a write of the target, as far as the rules are concerned."""
         inner = source.inner if isinstance(source, FaultyBackend) else source
         if not isinstance(self.inner, FileBackend) or not isinstance(inner, FileBackend):
             return None
         if isinstance(source, FaultyBackend):
-            await source.faults.call("read", _nothing, offset)
+            await source.faults.call("read", _nothing, runs[0][0])
         return await self.faults.call(
-            "write", lambda: self.inner.carry_from(inner, offset, length, hasher), offset
+            "write", lambda: self.inner.carry_from(inner, runs, hasher), runs[0][0]
         )
 
     def forget_cache(self, offset: int, length: int) -> None:

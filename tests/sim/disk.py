@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from xxhash import xxh3_64
 
@@ -293,16 +293,17 @@ class SimBackend(Backend):
         return True
 
     async def carry_from(
-        self, source: Backend, offset: int, length: int, hasher: xxh3_64 | None
+        self, source: Backend, runs: Sequence[tuple[int, int]], hasher: xxh3_64 | None
     ) -> int | None:
         """Half of the time: read, hash and write, as one call that may fail in the middle."""
         if not isinstance(source, SimBackend) or self.world.random() < 0.5:
             return None
-        data = await source.read(offset, length)
-        if hasher is not None:
-            hasher.update(data)
-        await self.write(offset, data)
-        return length
+        for offset, length in runs:
+            data = await source.read(offset, length)
+            if hasher is not None:
+                hasher.update(data)
+            await self.write(offset, data)
+        return sum(length for _, length in runs)
 
     @property
     def busy(self) -> bool:

@@ -36,7 +36,7 @@ async def write_once(source: FileBackend, target: FileBackend, offset: int) -> N
 
 async def carry(source: FileBackend, target: FileBackend, offset: int) -> None:
     """Copy a piece beside it."""
-    assert await target.carry_from(source, offset, MIB, None) == MIB
+    assert await target.carry_from(source, [(offset, MIB)], None) == MIB
 
 
 @pytest.mark.parametrize("copy", [write_once, carry])
@@ -100,7 +100,7 @@ async def test_zeroes_become_holes_and_everything_is_hashed(sides, tmp_path, pun
     content, source, target = sides
     target._punches = punches
     hasher = xxh3_64()
-    moved = await target.carry_from(source, 0, len(content), hasher)
+    moved = await target.carry_from(source, [(0, len(content))], hasher)
     assert moved == len(content) - MIB
     assert hasher.intdigest() == xxh3_64_intdigest(content)
     assert (tmp_path / "target").read_bytes() == content
@@ -112,18 +112,30 @@ async def test_only_the_range_is_touched(sides, tmp_path) -> None:
     content, source, target = sides
     before = (tmp_path / "target").read_bytes()
     offset, length = 100 * KIB, 300 * KIB
-    assert await target.carry_from(source, offset, length, None) == length
+    assert await target.carry_from(source, [(offset, length)], None) == length
     after = before[:offset] + content[offset : offset + length] + before[offset + length :]
     assert (tmp_path / "target").read_bytes() == after
 
 
-async def test_small_pieces_and_direct_sides_are_left_to_the_loop(sides, tmp_path, some_io) -> None:
+async def test_several_runs_are_one_copy(sides, tmp_path) -> None:
+    content, source, target = sides
+    expected = bytearray((tmp_path / "target").read_bytes())
+    runs = [(0, 4 * KIB), (12 * KIB, 8 * KIB), (MIB - KIB, 2 * KIB)]
+    hasher = xxh3_64()
+    assert await target.carry_from(source, runs, hasher) == 13 * KIB  # 1 KiB are zeroes
+    for offset, length in runs:
+        expected[offset : offset + length] = content[offset : offset + length]
+    assert (tmp_path / "target").read_bytes() == expected
+    parts = b"".join(content[offset : offset + length] for offset, length in runs)
+    assert hasher.intdigest() == xxh3_64_intdigest(parts)
+
+
+async def test_direct_sides_are_left_to_the_loop(sides, tmp_path, some_io) -> None:
     content, source, target = sides
     before = (tmp_path / "target").read_bytes()
-    assert await target.carry_from(source, 0, 4 * KIB, None) is None
     direct = await open_file(make_file(tmp_path / "direct", content), some_io, Cache.DIRECT)
-    assert await target.carry_from(direct, 0, MIB, None) is None
-    assert await direct.carry_from(source, 0, MIB, None) is None
+    assert await target.carry_from(direct, [(0, MIB)], None) is None
+    assert await direct.carry_from(source, [(0, MIB)], None) is None
     await direct.close()
     assert (tmp_path / "target").read_bytes() == before
 
@@ -132,7 +144,7 @@ async def test_a_source_that_became_shorter_is_an_error(sides, tmp_path) -> None
     _, source, target = sides
     os.truncate(tmp_path / "source", MIB)
     with pytest.raises(OSError, match="shorter") as caught:
-        await target.carry_from(source, 512 * KIB, MIB, xxh3_64())
+        await target.carry_from(source, [(512 * KIB, MIB)], xxh3_64())
     assert caught.value.errno == errno.EIO
 
 
@@ -144,7 +156,7 @@ async def test_a_full_target_is_an_error(
     target = await open_file(make_file(where / "target", b"", 60 * MIB), some_io)
     leave_free(where, 40 * MIB)
     with pytest.raises(OSError, match="No space"):
-        await target.carry_from(source, 0, 60 * MIB, None)
+        await target.carry_from(source, [(0, 60 * MIB)], None)
     await source.close()
     await target.close()
 
