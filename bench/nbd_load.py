@@ -8,6 +8,8 @@ has one request at a time and counts from when it was sent. It ends after `--sec
 standard input is closed, and prints JSON: `[[time of day, seconds it took, was it a read], …]`.
 
 It speaks NBD by the tests' own client (`tests/nbd_writer.py`), and leaves nothing to a thread.
+Answers are taken while it sends: a server that can't get rid of its answers stops reading, and a
+load that only writes then would wait for it forever.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from tests.nbd_writer import BLOCK_BYTES, READ, WRITE, Client
 
 IN_FLIGHT_MAX = 512  # beyond it the open loop waits: the server is stuck
 ANSWER_S = 20.0
+MAGIC = 0x25609513
 CHOICES = 4096  # contents to write; enough that none is like its neighbour
 
 Measured = list[tuple[float, float, int]]
@@ -43,6 +46,7 @@ class Load:
         self._sent: dict[int, tuple[float, int]] = {}
         self._count = 0
         self._socket = self._client._socket
+        self._socket.setblocking(False)
         self._came = bytearray()
         self.measured: Measured = []
         self._day_s = time.time() - time.perf_counter()
@@ -61,7 +65,20 @@ class Load:
         data = self._data[start : start + BLOCK_BYTES] if command == WRITE else b""
         self._sent[self._count] = due_s, command
         offset = int(chance() * self._blocks) * BLOCK_BYTES
-        self._client.send(command, self._count, offset, BLOCK_BYTES, data)
+        header = struct.pack(">IHHQQI", MAGIC, 0, command, self._count, offset, BLOCK_BYTES)
+        self._push(header + data)
+
+    def _push(self, data: bytes) -> None:
+        rest = memoryview(data)
+        give_up = time.perf_counter() + ANSWER_S
+        while rest:
+            self.answered(0)
+            try:
+                rest = rest[self._socket.send(rest) :]
+            except BlockingIOError:
+                select.select([self._socket], [self._socket], [], 1.0)
+            if rest and time.perf_counter() > give_up:
+                raise TimeoutError("the server doesn't take requests")
 
     def answered(self, wait_s: float) -> None:
         """Take the answers that come within a while: until then, or the first."""
@@ -85,6 +102,10 @@ class Load:
             del self._sent[cookie]
             self.measured.append((self._day_s + now_s, now_s - due_s, command == READ))
         del self._came[:at]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
 
     def finish(self) -> None:
         """Wait for what is in flight."""
