@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import subprocess
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from bench.model import Figures, Measure, Scenario
 from bench.report import number
-from bench.runner import Result, figures_of
+from bench.runner import NotAResultError, Result, figures_of, read
 from bench.verdict import judge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,21 +29,21 @@ class NothingToCompareError(Exception):
 def files(before: Path, after: Path) -> str:
     """Return the verdict on each figure that two results share."""
     try:
-        old, new = (json.loads(path.read_text()) for path in (before, after))
-    except (OSError, ValueError) as error:
-        raise NothingToCompareError(f"not a result: {error}") from error
+        old, new = read(before), read(after)
+    except NotAResultError as error:
+        raise NothingToCompareError(str(error)) from error
     if old["scenario"] != new["scenario"]:
         raise NothingToCompareError(f"{old['scenario']} and {new['scenario']} are no pair")
     first, second = figures_of(old), figures_of(new)
-    pairs = {
-        f"{row}, {peer}": (first[row][peer], second[row][peer])
+    shared = {
+        f"{row}, {peer}": (row, peer)
         for row in first
         for peer in first[row]
         if peer in second.get(row, {})
     }
-    less = set(new["less_is_better"])
-    less_pairs = {name for name in pairs if any(name.startswith(f"{row}, ") for row in less)}
-    return verdicts(pairs, less_pairs)
+    pairs = {name: (first[row][peer], second[row][peer]) for name, (row, peer) in shared.items()}
+    less = {name for name, (row, _) in shared.items() if row in new["less_is_better"]}
+    return verdicts(pairs, less)
 
 
 def peers(result: Result) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench import machine
 from bench.report import number
-from bench.runner import Result
+from bench.runner import NotAResultError, Result, read
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCK = re.compile(
@@ -20,7 +20,12 @@ NOTHING = "Nothing was measured yet.\n"
 
 def write(results: Path) -> None:
     """Replace what is between the README's marks."""
-    kept = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    kept = []
+    for path in sorted(results.glob("*.json")):
+        try:
+            kept.append(read(path))
+        except NotAResultError as error:
+            print(f"left out: {error}", file=sys.stderr)
     README.write_text(with_section(README.read_text(), kept))
 
 

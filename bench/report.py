@@ -10,6 +10,7 @@ from bench.model import ratio_of, spread
 from bench.runner import WIDE_SPREAD, Result, figures_of
 
 NEVER = "never"
+COLUMNS_MAX = 160  # of a table: what a wide terminal shows
 
 
 def number(value: float | None) -> str:
@@ -25,7 +26,7 @@ def table(result: Result) -> str:
     lines = [
         f"{result['scenario']}: {result['title']}",
         f"({result['unit']}; median of {result['rounds']}, least to most; ~ has a wide spread)",
-        *_grid(_cells(result)),
+        *_figures(result),
     ]
     lines += [f"without {peer}: {why}" for peer, why in result["missing"].items()]
     lines += [f"left out: {note}" for note in result["notes"]]
@@ -33,13 +34,26 @@ def table(result: Result) -> str:
     lines += ["versions: " + "; ".join(f"{p}: {v}" for p, v in result["versions"].items())]
     lines.append(
         f"{machine.in_words(result['machine'])}, disks on {result['on']}, "
-        f"load {result['load']:.2f} before, commit {result['commit']}"
+        f"load {result['load']:.2f} before, commit {result['commit']}, "
+        f"it took {result['took_s']:.0f} s"
     )
     if result["busy"]:
         lines.append("the machine was busy: read the ratios, not the figures")
     if result["quick"]:
         lines.append("quick: tiny sizes and one round, which say that it works and nothing else")
     return "\n".join(lines)
+
+
+def _figures(result: Result) -> list[str]:
+    """Return the figures with the ratios beside them, or below where that is too wide."""
+    rows = _cells(result)
+    lines = _grid(rows)
+    if max(map(len, lines)) <= COLUMNS_MAX:
+        return lines
+    first_ratio = 1 + len(result["peers"])
+    figures = [row[:first_ratio] for row in rows]
+    ratios = [row[:1] + row[first_ratio:] for row in rows]
+    return [*_grid(figures), "", f"{result['peers'][0]}:", *_grid(ratios)]
 
 
 def _cells(result: Result) -> list[list[str]]:

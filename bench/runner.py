@@ -6,10 +6,12 @@ In turn, so that whatever else the machine does meets all peers alike.
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ WIDE_SPREAD = 0.3  # of the median, from least to most: above it the figure is s
 QUICK_MIB = 2560  # room for any scenario's tiny sizes; most of it stays a hole
 
 Result = dict[str, Any]
+KEYS = {"scenario", "quick", "figures", "less_is_better", "targets", "machine", "versions", "busy"}
 
 
 def measure(name: str, scenario: Scenario, folder: Path, rounds: int) -> Result:
@@ -29,7 +32,7 @@ def measure(name: str, scenario: Scenario, folder: Path, rounds: int) -> Result:
     """
     figures: Figures = {}
     missing: dict[str, str] = {}
-    load = os.getloadavg()[0]
+    load, began = os.getloadavg()[0], time.monotonic()
     rounds = min(rounds, scenario.rounds or rounds)
     warm_ups = 0 if scenario.rounds is not None or pick(False, True) else 1
     with scenario.prepare(folder):
@@ -55,10 +58,31 @@ def measure(name: str, scenario: Scenario, folder: Path, rounds: int) -> Result:
         "versions": {peer: told for peer in peers if (told := machine.version(peer))},
         "commit": _commit(),
         "load": load,
+        "took_s": round(time.monotonic() - began, 1),
         "busy": machine.is_busy(load),
         "on": where,
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+class NotAResultError(Exception):
+    """A file isn't a result, or an older program's."""
+
+
+def read(path: Path) -> Result:
+    """Return a result that was kept.
+
+    Raises:
+        NotAResultError: It is none, or has not all that one has now.
+    """
+    try:
+        result: Result = json.loads(path.read_text())
+        lacks = KEYS - set(result)
+    except (OSError, ValueError, TypeError) as error:
+        raise NotAResultError(f"{path} is not a result: {error}") from error
+    if lacks:
+        raise NotAResultError(f"{path} is not a result of this program: no {min(lacks)!r}")
+    return result
 
 
 def figures_of(result: Result) -> Figures:

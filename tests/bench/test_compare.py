@@ -30,6 +30,13 @@ def test_two_files_are_judged_row_by_row(tmp_path: Path) -> None:
     assert wait.endswith("  slower")
 
 
+def test_an_older_program_s_result_is_refused(tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text('{"figures": {}, "unit": "x"}')
+    with pytest.raises(compare.NothingToCompareError, match="not a result of this program"):
+        compare.files(old, old)
+
+
 def test_no_result_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
     assert "not a result" in capsys.readouterr().err
@@ -55,7 +62,7 @@ def test_each_tree_is_measured_with_its_own_path(
 
 def git(folder: Path, *words: str) -> str:
     who = ("-c", "user.name=a", "-c", "user.email=a@b")
-    command = ("git", "-C", folder, *who, *words)
+    command = ["git", "-C", str(folder), *who, *words]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,23 @@ def test_writing_it_again_or_in_another_order_changes_nothing(result: runner.Res
 @pytest.mark.parametrize("change", [{"quick": True}, {"targets": []}])
 def test_what_proves_nothing_is_not_shown(result: runner.Result, change: dict[str, Any]) -> None:
     assert readme.section([{**result, **change}]) == readme.NOTHING
+
+
+def test_what_is_no_result_is_named_and_left_out(
+    tmp_path: Path,
+    result: runner.Result,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text, kept = tmp_path / "README.md", tmp_path / "results"
+    text.write_text(TEXT)
+    monkeypatch.setattr(readme, "README", text)
+    kept.mkdir()
+    (kept / "made-up.json").write_text(json.dumps(result))
+    (kept / "old.json").write_text('{"figures": {}}')
+    readme.write(kept)
+    assert text.read_text() == readme.with_section(TEXT, [result])
+    assert "old.json is not a result of this program" in capsys.readouterr().err
 
 
 def test_a_busy_machine_is_named(result: runner.Result) -> None:

@@ -35,6 +35,15 @@ def test_a_missing_peer_is_named_and_its_column_empty(
     assert speed.split() == ["speed", "300.0", "(300.0-300.0)", "100.0", "(100.0-100.0)", "3.00"]
 
 
+def test_a_table_that_is_too_wide_has_its_ratios_below(tmp_path: Path) -> None:
+    peers = {"mirrord": fixed({"speed": 300.0})}
+    peers |= {f"a peer with a long name {n}": fixed({"speed": 100.0}) for n in range(6)}
+    lines = table(measured(tmp_path, peers=peers, targets=())).splitlines()
+    rows = [line.split() for line in lines if line.startswith("speed")]
+    assert len(rows) == 2
+    assert rows[1] == ["speed", *["3.00"] * 6]
+
+
 def test_what_never_ended_is_said_and_survives_json(tmp_path: Path) -> None:
     result = measured(tmp_path)
     again = json.loads(json.dumps(result, allow_nan=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 
 from bench.verdict import judge
@@ -25,6 +27,9 @@ def times(series: list[float], factor: float) -> list[float]:
         (WIDE, times(WIDE, 1.2), False, "no difference beyond the spread"),
         (STEADY, [200.0, 200.0], False, "too few rounds"),
         ([1.0], [2.0], True, "too few rounds"),
+        ([inf] * 3, [inf] * 3, True, "both never end"),
+        (STEADY, [inf] * 5, True, "slower"),
+        ([inf] * 5, STEADY, True, "faster"),
     ],
 )
 def test_verdict(before: list[float], after: list[float], less: bool, word: str) -> None:
