@@ -125,7 +125,7 @@ def file_system(folder: Path, kind: str, size_mib: int) -> Iterator[Path]:
             try:
                 yield where
             finally:
-                subprocess.run(("umount", where), check=False)
+                subprocess.run(("umount", "--lazy", where), check=True)
     finally:
         backing.unlink()
 

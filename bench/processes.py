@@ -10,10 +10,13 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 TICKS_S = os.sysconf("SC_CLK_TCK")
+END_S = 10.0
+LOOK_S = 0.02
 
 
 def below(folder: Path, word: str = "") -> list[int]:
@@ -33,11 +36,24 @@ def disk_processes(folder: Path) -> list[int]:
     return below(folder, "mirrord.service.disk_process")
 
 
-def end(pids: Iterable[int]) -> None:
-    """Tell processes to end; those that already have are no error."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+def end(pids: Sequence[int]) -> None:
+    """End processes, and return when they are gone; those that already are are no error."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in filter(_lives, pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        give_up = time.monotonic() + END_S
+        while any(map(_lives, pids)) and time.monotonic() < give_up:
+            time.sleep(LOOK_S)
+
+
+def _lives(pid: int) -> bool:
+    """Tell whether a process is there, and not only waiting for its parent to notice its end."""
+    try:
+        told = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return told.rsplit(")", 1)[1].split()[0] not in "ZX"
 
 
 def processor_s(pid: int) -> float:
