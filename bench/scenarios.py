@@ -24,7 +24,7 @@ from bench.servers import (
 
 DISK_BYTES = 512 * MIB  # fits any page cache: what is measured is the server
 SMALL_BYTES = 16 * MIB  # of a smoke test
-FIO_S, QUICK_FIO_S = 2.0, 0.1
+FIO_S, QUICK_FIO_S = 1.5, 0.1
 MANY = 4
 
 Serve = Callable[..., AbstractContextManager[Served]]
@@ -53,7 +53,7 @@ def make_disk(folder: Path, size: int, data: float, name: str = "disk") -> Path:
     return disk
 
 
-def _fio_command(uri: str, *options: str) -> list[str]:
+def fio_command(uri: str, *options: str) -> list[str]:
     """Return the command of one load; its size is the disk's."""
     size = pick(DISK_BYTES, SMALL_BYTES)
     runtime_ms = int(1000 * pick(FIO_S, QUICK_FIO_S))
@@ -70,7 +70,7 @@ def _requests(told: str) -> float:
 def fio(uri: str, rw: str, depth: int, block: str, *options: str) -> float:
     """Return the requests a second of a load that fio makes."""
     load = (f"--rw={rw}", f"--bs={block}", f"--iodepth={depth}", *options)
-    return _requests(run(*_fio_command(uri, *load)))
+    return _requests(run(*fio_command(uri, *load)))
 
 
 def fio_at_once(uris: Iterable[str], *options: str) -> float:
@@ -78,7 +78,7 @@ def fio_at_once(uris: Iterable[str], *options: str) -> float:
     loads: list[subprocess.Popen[str]] = []
     try:
         for uri in uris:
-            command = _fio_command(uri, *options)
+            command = fio_command(uri, *options)
             loads.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         total = sum(_requests(load.communicate()[0]) for load in loads)
     finally:
@@ -114,7 +114,7 @@ def _mixed(serve: Serve) -> Measure:
 
 
 def _told(served: Served, load: Sequence[str]) -> str:
-    return run(*_fio_command(served.uris[0], *load))
+    return run(*fio_command(served.uris[0], *load))
 
 
 def _many(serve: Serve) -> Measure:
