@@ -30,7 +30,7 @@ lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
 
-# Of an hour or more, and it wants 21 GiB in /tmp (BENCH_ARGS="--folder …") and a quiet machine.
+# Three quarters of an hour on two quiet cores, and it wants 21 GiB in /tmp (BENCH_ARGS="--folder …") and a quiet machine.
 bench: $(VENV)/.installed-for-tests
 	$(BIN)/python -m bench $(SCENARIOS) $(BENCH_ARGS)
 

@@ -19,13 +19,14 @@ from pathlib import Path
 
 from bench.loads import loaded as _load
 from bench.loads import quantile_ms
-from bench.scenarios import DISK_BYTES, MIB, Measure, Scenario, fio, make_disk
+from bench.model import MIB, Measure, Scenario
+from bench.scenarios import DISK_BYTES, fio, make_disk
 from bench.servers import attach, mirrord, run
 from mirrord.control.client import Client
 from mirrord.control.messages import Job, MoveRequest
 from tests.samba import Samba
 
-SEQUENTIAL_BYTES = 2048 * MIB
+SEQUENTIAL_BYTES = 1024 * MIB
 MOVED_BYTES = 1024 * MIB
 COPIED_BYTES = 2048 * MIB  # so that a copy lasts some seconds
 PAUSED_BYTES = 64 * MIB
@@ -35,6 +36,7 @@ CALM_S = 5
 QUIET_S = 0.5  # after a start, before what counts
 LOOK_S = 0.05
 MOVE_S = 120
+ROUNDS = 3  # of scenarios that last minutes; the files are warm from being written
 
 
 @contextlib.contextmanager
@@ -237,19 +239,21 @@ _CLIENTS = {
 
 ALL: dict[str, Scenario] = {
     "smb-sequential": Scenario(
-        "2 GiB of a file on a share in requests of 1 MiB, depth 4 where the peer can, signed",
+        "1 GiB of a file on a share in requests of 1 MiB, depth 4 where the peer can, signed",
         "MB/s",
         {
             shown: _peer(name, "sequential", SEQUENTIAL_BYTES)
             for shown, name in ({**_CLIENTS, "mirrord, a target": "mirrord-target"}).items()
         },
         in_memory=True,
+        rounds=ROUNDS,
     ),
     "smb-random": Scenario(
         "4 KiB anywhere in a file on a share, depth 16 where the peer can, signed",
         "requests a second",
         {shown: _peer(name, "random", DISK_BYTES) for shown, name in _CLIENTS.items()},
         in_memory=True,
+        rounds=ROUNDS,
     ),
     "smb-guest": Scenario(
         "a disk on a share over NBD on a unix socket, warm",
@@ -260,6 +264,7 @@ ALL: dict[str, Scenario] = {
             "on a local file": _guest("local"),
         },
         in_memory=True,
+        rounds=ROUNDS,
     ),
     "smb-move": Scenario(
         f"writes of a guest, {MOVE_RATE} a second, while its disk is moved",
@@ -270,6 +275,7 @@ ALL: dict[str, Scenario] = {
             "to a local file": _live("local"),
         },
         in_memory=True,
+        rounds=ROUNDS,
     ),
     "smb-pause": Scenario(
         f"pause of a guest at the cutover, of {PAUSES} moves under {PAUSE_RATE} requests a second",
@@ -291,5 +297,6 @@ ALL: dict[str, Scenario] = {
             "its own disk's copy": _beside("own"),
         },
         in_memory=True,
+        rounds=ROUNDS,
     ),
 }
