@@ -132,6 +132,9 @@ class Copier:
         False when `stop` was called, or a worker reported trouble, which stops the walk too.
         """
         self._stopped = False
+        # A worker that an earlier pass left may have read a block before the guest wrote it. It
+        # would call the block clean although this pass has taken it again.
+        await self.drained()
         cursor = 0
         bitmap = self._tracker.bitmap
         while not self._stopped:

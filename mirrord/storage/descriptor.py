@@ -220,7 +220,7 @@ class DescriptorBackend(Backend):
                     wake.do_without(flags, error)
             if wake.hands_on:
                 await self.write(offset, data)
-                return await self._use(self._io.call(wake.hand_on, offset, len(data)))
+                return await self._own(self._io.call(wake.hand_on, offset, len(data)))
         return await self.write(offset, data)
 
     async def carry_from(

@@ -75,3 +75,20 @@ async def test_a_guest_above_the_limit_does_not_starve_the_copier(tmp_path: Path
         assert asyncio.get_running_loop().time() < deadline_s, bench.told()
     await bench.assert_moved(await bench.finish())
     await bench.close()
+
+
+async def test_a_worker_that_a_pause_left_calls_nothing_clean_that_was_taken_again(
+    bench: CrashBench,
+) -> None:
+    """It read the block before the guest wrote it, and its own write is still to come."""
+    held = await bench.hold_copying(chunk=1)
+    await bench.job.pause()
+    await bench.run_to_phase(Phase.PAUSED)
+    await bench.write(UNIT, NEW)
+    await bench.job.resume()
+    await bench.run_to_phase(Phase.COPYING)
+    taken = bench.tracker.bitmap.todo()
+    await turns()
+    assert taken == bench.tracker.bitmap.todo() >= len(NEW), "taken while the old worker runs"
+    held.release()
+    await bench.assert_moved(await bench.finish())
