@@ -28,7 +28,7 @@ def draw(result: Result, path: Path) -> None:
     height = math.ceil(len(rows) / COLUMNS)
     figure = Figure(figsize=(5 * COLUMNS, 1 + 2.6 * height), layout="constrained")
     FigureCanvasAgg(figure)
-    charts = figure.subplots(height, COLUMNS, squeeze=False).flat
+    charts = list(figure.subplots(height, COLUMNS, squeeze=False).flat)
     for chart in charts:
         chart.set_visible(False)
     for chart, (row, by_peer) in zip(charts, rows.items(), strict=False):

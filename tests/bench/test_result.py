@@ -13,6 +13,8 @@ from bench.model import Target
 from bench.report import table
 from tests.bench.results import fixed, scenario
 
+BARS_SHARE = 0.01  # of a picture, at least
+
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,5 +91,9 @@ def test_doubts_are_said_beside_the_figures(
 def test_a_result_is_drawn(tmp_path: Path) -> None:
     if not plots.can_draw():
         pytest.skip("needs matplotlib")
+    from matplotlib import image
+
     plots.draw(measured(tmp_path), tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    drawn = image.imread(tmp_path / "x.png")
+    blue = (drawn[..., 2] > 0.6) & (drawn[..., 0] < 0.3)
+    assert blue.mean() > BARS_SHARE, "no bars"
