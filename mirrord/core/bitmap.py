@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator
 
 from bitarray import bitarray
 
-from mirrord.core.geometry import KIB, MIB
+from mirrord.core.geometry import KIB, MIB, round_up
 
 Pages = list[tuple[int, bytes]]
 
@@ -170,7 +170,7 @@ class DirtyBitmap:
                 break
             if not runs:
                 end = min(end, offset - offset % chunk_bytes + chunk_bytes)
-            runs += filter(None, [self.take(offset, end - offset)])
+            runs += filter(None, [self.take(offset, round_up(end - offset, self.granularity))])
             cursor = sum(runs[-1])
         return runs
 
