@@ -29,7 +29,7 @@ from mirrord.storage.backend import Buffer
 # (offset, length) of what one worker copies, in order, of one chunk.
 Runs = list[tuple[int, int]]
 
-# More in one chunk are another worker's: the target is asked for all of them at once.
+# More in one chunk are another worker's. Only where one call takes them all (`carry_from`).
 RUNS_MAX = 64
 
 # Workers at a time. The window alone lets thousands of them go after a guest's small writes, and
@@ -77,6 +77,7 @@ class Copier:
         below = not digests or tracker.target.copies_from(tracker.source)
         self._in_process = not below  # where that doesn't work, it becomes true
         self._digests = digests
+        self._runs_max = RUNS_MAX
         self._report = report
         self._clock = clock
         self._zeroes = bytes(settings.zero_bytes)
@@ -138,7 +139,7 @@ class Copier:
         cursor = 0
         bitmap = self._tracker.bitmap
         while not self._stopped:
-            runs = bitmap.take_chunk(cursor, self._settings.chunk_bytes, RUNS_MAX)
+            runs = bitmap.take_chunk(cursor, self._settings.chunk_bytes, self._runs_max)
             if not runs:
                 break
             cursor = _end(runs)
@@ -276,8 +277,11 @@ class Copier:
             moved = await self._tracker.asked(target.carry_from(source, runs, hasher))
         except OSError:
             return False  # which side failed can't be told from here: reading the source will tell
-        self.moved_bytes += moved or 0
-        return moved is not None
+        if moved is None:
+            self._runs_max = 1  # through the loop they would wait for each other, under one lock
+            return False
+        self.moved_bytes += moved
+        return True
 
     async def _copy_here(self, offset: int, length: int, hasher: xxh3_64 | None) -> None:
         """Read, hash and write one run."""
