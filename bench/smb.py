@@ -27,7 +27,7 @@ from mirrord.control.messages import Job, MoveRequest
 from tests.samba import Samba
 
 SEQUENTIAL_BYTES = 1024 * MIB
-MOVED_BYTES = 1024 * MIB
+MOVED_BYTES = 512 * MIB
 COPIED_BYTES = 2048 * MIB  # so that a copy lasts some seconds
 PAUSED_BYTES = 64 * MIB
 PAUSES = 50
