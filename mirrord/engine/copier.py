@@ -33,9 +33,8 @@ Runs = list[tuple[int, int]]
 RUNS_MAX = 64
 
 # Workers at a time. The window alone lets thousands of them go after a guest's small writes, and
-# the guest waits behind their answers: at 3,000 writes a second some 6,000 runs of 4 KiB stopped
-# it for 1.5 s. Fewer while it waits for the same target: p99 was 0.3 s for a file and 0.8 s for a
-# share on a busy machine, 5 and 6 ms with this bound on a quiet one.
+# the guest waits behind their answers. Fewer while it waits for the same target: p99 was 0.3 s for
+# a file and 0.8 s for a share on a busy machine, 5 and 6 ms with this bound on a quiet one.
 WORKERS_MAX = 64
 WORKERS_MIRRORING_MAX = 16
 
