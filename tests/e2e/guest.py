@@ -28,12 +28,14 @@ from tests.helpers import eventually, require_program
 RECORD_BYTES = 64
 BOOT_S = 60  # 4 s alone on a core; the suite runs two workers on two
 REPOSITORY = Path(__file__).resolve().parents[2]
+ACKED = re.compile(r"acked (\d+)")
 
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t devtmpfs devtmpfs /dev
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
+stty -echo < /dev/ttyS0  # an echo of the input would mix with what is said
 while read -r module; do insmod "/modules/$module"; done < /modules/order
 until [ -b /dev/vda ]; do usleep 20000; done
 if ! mount -t ext4 /dev/vda /mnt; then echo "mount failed"; reboot -f; fi
@@ -147,8 +149,8 @@ class Guest:
         for raw in self._process.stdout:
             line = raw.decode(errors="replace").strip()
             self.console.append(line)
-            if line.startswith("acked "):
-                self.acked = int(line.split()[1])
+            if said := ACKED.match(line):
+                self.acked = int(said[1])
 
     def wait_mounted(self) -> None:
         """Wait until the guest has its file system and writes."""

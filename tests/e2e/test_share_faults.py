@@ -181,7 +181,7 @@ def test_a_disk_with_unflushed_writes_is_not_let_go_while_its_server_is_away(sta
     assert "not-flushed" in done.stderr
     samba.start(rebooted=True)
     eventually(
-        lambda: daemon.json("show", "vm")["share"]["state"] == "connected", what="it is back"
+        lambda: daemon.json("show", "vm")["share"]["state"] == "connected", 30, what="it is back"
     )
     daemon.json("detach", "vm")
     assert samba.file("vm.raw").read_bytes()[:BLOCK_BYTES] == b"w" * BLOCK_BYTES
