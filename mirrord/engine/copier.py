@@ -273,7 +273,8 @@ class Copier:
         """Have the target copy beside this loop; False where it doesn't or can't."""
         source, target = self._tracker.source, self._tracker.target
         try:
-            moved = await self._tracker.asked(target.carry_from(source, runs, hasher))
+            with self._tracker.watch() as watch:
+                moved = await target.carry_from(source, runs, hasher, watch)
         except OSError:
             return False  # which side failed can't be told from here: reading the source will tell
         if moved is None:

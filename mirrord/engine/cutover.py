@@ -21,16 +21,19 @@ ends that: the late COMMIT, or an ABORT. Until then the target-only gate is not 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from mirrord.core.journal import Kind, Payload, State
 from mirrord.core.migration import Event
-from mirrord.engine.disk import Disk
+from mirrord.engine.disk import USED_UNIT_BYTES, Disk
 from mirrord.engine.ledger import Ledger
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.tracking import WriteTracker
 from mirrord.errors import TargetError
 from mirrord.storage.backend import Backend, Place
+
+_log = logging.getLogger(__name__)
 
 Outcome = tuple[Event, str]
 
@@ -141,7 +144,7 @@ class Cutover:
 
     async def _prepare(self) -> Outcome | None:
         """Do everything that can fail or wait, so that the gate is closed for almost nothing."""
-        await self._tracker.warm_target(self._settings.warm_bytes)
+        await self._warm()
         for _ in range(FLUSHES_MAX):
             began_s = self._clock()
             await self._tracker.flush_target()
@@ -160,6 +163,26 @@ class Cutover:
         except OSError as error:
             raise TargetError(error, "looking at the target's name failed") from error
         return None if doubt is None else (Event.ABORTED, doubt)
+
+    async def _warm(self) -> None:
+        """Read into the target's cache what the guest uses and has in the source's: the copy is not
+        there, and the guest would find everything it works with slow. Once a move."""
+        until_s = self._clock() + self._settings.warm_s
+        tracker = self._tracker
+        left_bytes = 0 if tracker.warmed else self._settings.warm_bytes
+        tracker.warmed = True
+        for index in self._disk.used.search(1):
+            if left_bytes <= 0 or self._clock() > until_s:
+                break
+            offset = index * USED_UNIT_BYTES
+            length = min(USED_UNIT_BYTES, self._disk.size - offset)
+            try:
+                left_bytes -= await tracker.asked(
+                    tracker.target.warm_from(tracker.source, offset, length)
+                )
+            except OSError as error:  # the guest's own read of it may still succeed
+                _log.info("not warmed error=%s", error)
+                break
 
     async def _quiesce(self) -> str | None:
         """Drain, check and flush behind the closed gate; return why it didn't work out."""

@@ -20,9 +20,13 @@ import errno
 import os
 from typing import Protocol
 
-from mirrord.core.geometry import Extent, Status
+from bitarray import bitarray
+
+from mirrord.core.geometry import MIB, Extent, Status
 from mirrord.engine.mutation import Mutation, Trim, Write, Zeroes
 from mirrord.storage.backend import Backend, Buffer, UnreachableError
+
+USED_UNIT_BYTES = MIB
 
 
 class OtherSideError(OSError):
@@ -34,9 +38,6 @@ class Tracker(Protocol):
 
     async def mutate(self, mutation: Mutation) -> None:
         """Carry the mutation out, and remember it."""
-
-    def saw_read(self, offset: int, length: int) -> None:
-        """Take note that the guest reads there. Called for every read, so it has to be quick."""
 
     async def flush(self) -> None:
         """Make the guest's completed writes durable where they count."""
@@ -75,6 +76,8 @@ class Disk:
         self.backend = backend
         backend.authoritative = True  # this process has no other disk to keep waiting
         self.flush_failed = False
+        # The parts of `USED_UNIT_BYTES` that a guest has read or written since the disk was opened.
+        self.used = bitarray(-(-self.size // USED_UNIT_BYTES))
         self._tracker: Tracker | None = None
         self._gate: asyncio.Event | None = None
         self._generation = _Generation()
@@ -82,12 +85,12 @@ class Disk:
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return `length` bytes from the authoritative side."""
-        if self._tracker is not None:
-            self._tracker.saw_read(offset, length)
+        self._use(offset, length)
         return await self.backend.read(offset, length)
 
     async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         """Write all of `data`; with `fua` it is durable on return."""
+        self._use(offset, len(data))
         await self._mutate(Write(offset, len(data), data, fua))
 
     async def write_zeroes(
@@ -120,6 +123,7 @@ class Disk:
 
     async def cache(self, offset: int, length: int) -> None:
         """Bring the range near. Has no effect that a guest could rely on."""
+        self._use(offset, length)
         end = offset + length
         while offset < end:
             step = min(end - offset, 1 << 20)  # bounded memory, whatever the guest asks for
@@ -175,6 +179,13 @@ class Disk:
         self.flush_failed = False  # that was the other side, and it is not asked any more
         self._tracker = None
         return former
+
+    def _use(self, offset: int, length: int) -> None:
+        first, last = offset // USED_UNIT_BYTES, (offset + length - 1) // USED_UNIT_BYTES
+        if first == last:
+            self.used[first] = 1
+        else:
+            self.used[first : last + 1] = 1
 
     async def _mutate(self, mutation: Mutation) -> None:
         while self._gate is not None:

@@ -27,9 +27,10 @@ class EngineSettings:
     # A region stays marked for so many checkpoints after a guest's write (30 s): a hot region
     # pays its durable mark once, not again and again.
     hot_checkpoints: int = 6
-    # What the guest used during the move is read into the target's cache before the cutover, up to
-    # so much: a second of a fast disk. It is read while the guest still works on the source.
+    # What the guest uses is read into the target's cache before the cutover, up to so much and for
+    # so long. It is read while the guest still works on the source.
     warm_bytes: int = 1024 * MIB
+    warm_s: float = 5.0
     # The guest waits at most so long for the target (rule R14).
     target_budget_s: float = 2.0
     # No completion from the target for so long, while something is in flight: it hangs.

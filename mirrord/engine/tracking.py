@@ -25,7 +25,7 @@ The order of one write, and why a crash or a neighbour can't hurt between any tw
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from errno import EIO, ETIMEDOUT
@@ -44,7 +44,7 @@ from mirrord.engine.mutation import Mutation
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.unflushed import Unflushed
 from mirrord.errors import SideError, SourceError, TargetError
-from mirrord.storage.backend import Backend
+from mirrord.storage.backend import Backend, Watch
 
 T = TypeVar("T")
 
@@ -90,6 +90,7 @@ class WriteTracker:
         self._strict_flush_failed = False
         self.strict = False  # the commit's outcome is unknown: both sides or neither (R15)
         self.scanned = False  # the bitmap has everything that was data when the job began
+        self.warmed = False  # what the guest uses was read into the target's cache, once
         self.source_flushed = False  # once since the job, or this process, began
         self.abandoned = False  # the job gave up: writes go to the source alone
         self.mirrored_bytes = 0
@@ -105,11 +106,10 @@ class WriteTracker:
         self._owned: set[asyncio.Task[Any]] = set()
         self._in_flight: dict[int, tuple[int, int]] = {}
         self._next_token = 0
-        self._due_s: dict[int, float] = {}  # when each question to the target is overdue
+        self._watches: set[Watch] = set()  # one for each question to the target
         # A process before this one may have written to the target wherever a mark stands.
         self._target_unflushed = Unflushed(intents.map.count, intents.map.marked_bits())
         self._source_unflushed = Unflushed(intents.map.count)
-        self._used = self._none()  # regions that the guest has read or written
         self._hot = deque([self._none()], maxlen=settings.hot_checkpoints + 1)
 
     # The guest's side
@@ -118,7 +118,6 @@ class WriteTracker:
         """Carry a mutation out, on both sides while mirroring."""
         regions = self.regions(mutation.offset, mutation.length)
         self._hot[0][regions] = 1
-        self._used[regions] = 1
         mirror = self._mirror
         try:
             if self.strict:
@@ -129,10 +128,6 @@ class WriteTracker:
                 await self._mirrored(mutation, mirror)
         finally:
             self._source_unflushed.wrote(regions)
-
-    def saw_read(self, offset: int, length: int) -> None:
-        """Remember that the guest reads there: it will again."""
-        self._used[self.regions(offset, length)] = 1
 
     async def flush(self) -> None:
         """Make the source durable (R10); both sides while the commit's outcome is unknown."""
@@ -195,31 +190,25 @@ class WriteTracker:
 
         It is not given up: a slow target may still answer, and what it was asked goes on.
         """
-        self._next_token += 1
-        token = self._next_token
-        limit_s = self._settings.target_stall_s if limit_s is None else limit_s
-        self._due_s[token] = asyncio.get_running_loop().time() + limit_s
-        try:
+        with self.watch(limit_s) as watch, watch:
             return await request
+
+    @contextlib.contextmanager
+    def watch(self, limit_s: float | None = None) -> Iterator[Watch]:
+        """Return a watch that `overdue` looks at meanwhile."""
+        limit_s = self._settings.target_stall_s if limit_s is None else limit_s
+        watch = Watch(limit_s, asyncio.get_running_loop().time)
+        self._watches.add(watch)
+        try:
+            yield watch
         finally:
-            del self._due_s[token]
+            self._watches.remove(watch)
 
     @property
     def overdue(self) -> bool:
         """Whether the target has not answered something within its limit."""
-        return bool(self._due_s) and min(self._due_s.values()) < asyncio.get_running_loop().time()
-
-    async def warm_target(self, limit_bytes: int) -> None:
-        """Have the target's cache read what the guest used, up to so much: copies don't stay there.
-
-        Without it the guest would find after the cutover that all it works with has to be read
-        from the storage.
-        """
-        unit = self._settings.region_bytes
-        for index in itertools.islice(self._used.search(1), limit_bytes // unit):
-            offset = index * unit
-            length = min(unit, self.source.size - offset)
-            await self.asked(self.target.warm(offset, length))
+        now_s = asyncio.get_running_loop().time()
+        return any(watch.due_s < now_s for watch in self._watches)
 
     async def flush_target(self) -> None:
         """Make what was written to the target durable.

@@ -25,9 +25,8 @@ import logging
 import os
 import signal
 import socket
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import uvloop
@@ -252,8 +251,8 @@ def _report(descriptor: int, report: Report) -> None:
     os.close(descriptor)
 
 
-def main() -> int:
-    """Run a disk process; the exit code says whether another should be started."""
+def main() -> NoReturn:
+    """Run a disk process and end; the exit code says whether another should be started."""
     parser = argparse.ArgumentParser(prog="mirrord.service.disk_process", allow_abbrev=False)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--runtime", type=Path, required=True)
@@ -267,8 +266,10 @@ def main() -> int:
     logs.set_up(f"disk/{options.name}", options.log_level)
     keep_freed_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_live(options))
+        exit_code = runner.run(_live(options))
+        logging.shutdown()
+        os._exit(exit_code)  # threads that a dead storage holds would be waited for
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

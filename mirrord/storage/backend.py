@@ -18,8 +18,9 @@ What a backend promises:
 from __future__ import annotations
 
 import errno
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -28,6 +29,27 @@ from xxhash import xxh3_64
 from mirrord.core.geometry import Extent
 
 Buffer = bytes | bytearray | memoryview
+
+
+class Watch:
+    """Tells since when one side owes an answer: a context around every wait for it.
+
+    `due_s` is when `clock` has it overdue, and infinite while nothing is waited for. Whoever waits
+    may be a thread; whoever looks, another.
+    """
+
+    __slots__ = ("_clock", "_limit_s", "due_s")
+
+    def __init__(self, limit_s: float, clock: Callable[[], float]) -> None:
+        self.due_s = math.inf
+        self._limit_s = limit_s
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self.due_s = self._clock() + self._limit_s
+
+    def __exit__(self, *_: object) -> None:
+        self.due_s = math.inf
 
 
 class UnreachableError(OSError):
@@ -187,13 +209,18 @@ class Backend(ABC):
         return False
 
     async def carry_from(
-        self, source: Backend, runs: Sequence[tuple[int, int]], hasher: xxh3_64 | None
+        self,
+        source: Backend,
+        runs: Sequence[tuple[int, int]],
+        hasher: xxh3_64 | None,
+        watch: Watch,
     ) -> int | None:
         """Copy (offset, length) from `source` in this process, but beside its loop, if that works.
 
         Return how much of it wasn't zeroes; those leave holes where there can be some. `hasher`
-        has had every byte then, and some of them after an error. Return None, having done
-        nothing, where it doesn't work: then read and write.
+        has had every byte then, and some of them after an error. `watch` sees whatever this is
+        asked for, but not what the source is. Return None, having done nothing, where it doesn't
+        work: then read and write.
         """
         return None
 
@@ -210,12 +237,12 @@ class Backend(ABC):
         """Hint: nobody will read this range soon; give its clean page cache back."""
         return
 
-    async def warm(self, offset: int, length: int) -> None:
-        """Hint: a guest will want this range; have a cache in this machine begin to read it.
+    async def warm_from(self, source: Backend, offset: int, length: int) -> int:
+        """Read into a cache of this machine what it has of the same range of `source`.
 
-        Never raises for trouble with the storage: whoever reads will meet it.
+        Return how many bytes that was: 0 where there is no such cache.
         """
-        return
+        return 0
 
     async def check_unchanged(self) -> None:
         """Raise `OSError` (ESTALE) when the size was changed behind our back."""

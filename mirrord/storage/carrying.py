@@ -8,20 +8,17 @@ chunk instead of its bytes, and none of the system calls holds the interpreter. 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xxhash import xxh3_64
 
-from mirrord.core.geometry import KIB, MIB, Extent, Run, Status, runs_of, split
+from mirrord.core.geometry import KIB, Extent, Run, Status, runs_of, split
 from mirrord.storage import durable
+from mirrord.storage.backend import Watch
 from mirrord.storage.holes import find_extents
-
-BUFFER_BYTES = MIB
+from mirrord.storage.page_cache import BUFFER_BYTES, Wake, thread_buffer
 
 # Runs of zeroes are found in units of the usual largest block of file systems.
 ZERO_BYTES = 64 * KIB
@@ -29,57 +26,13 @@ ZERO_BYTES = 64 * KIB
 # Copied data from this size on leaves the page cache by itself; less is what a guest just wrote.
 ONCE_BYTES_MIN = 64 * KIB
 
-# So many copied pieces are handed to the storage before the first of them is dropped: by then it is
-# stored, and can be.
-BEHIND_MAX = 16
+# Threads that copy to one target: a disk that has to be read wants some requests at a time, the
+# page cache one a processor.
+CARRY_THREADS_MAX = 4
 
-FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE = 0x01, 0x02
+FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10
 
-# linux/fs.h since Linux 6.14: start storing at once, and drop the pages afterwards.
-_RWF_DONTCACHE = 0x80
-
-_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
-_buffers = threading.local()
 _ZEROES = bytes(BUFFER_BYTES)
-
-
-class Wake:
-    """What copying leaves behind in the page cache of one file: nothing, where that can be had.
-
-    `flags` go with preadv2(2) and pwritev2(2): RWF_DONTCACHE until the kernel or the file system
-    doesn't know it. Then `hand_on` does it, if `by_hand`. May be used from any thread.
-    """
-
-    def __init__(self, descriptor: int, *, cached: bool, by_hand: bool) -> None:
-        self._descriptor = descriptor
-        self.flags = _RWF_DONTCACHE if cached else 0
-        self._by_hand = cached and by_hand
-        self._written: deque[tuple[int, int]] = deque()  # handed on, and not dropped yet
-
-    def do_without(self, flags: int, error: OSError) -> None:
-        """Take the error of an operation with these flags for their being unknown, or raise it."""
-        if not flags or error.errno not in _UNSUPPORTED:
-            raise error
-        self.flags = 0
-
-    @property
-    def hands_on(self) -> bool:
-        """Whether `hand_on` has something to do."""
-        return self._by_hand and not self.flags
-
-    def hand_on(self, offset: int, length: int) -> None:
-        """Begin to store what was just written, and drop what is stored by now. Blocks.
-
-        POSIX_FADV_DONTNEED does both: it begins to store dirty pages and drops clean ones.
-        """
-        if not self.hands_on:
-            return
-        self._written.append((offset, length))
-        pieces = [(offset, length)]
-        if len(self._written) > BEHIND_MAX:
-            pieces.append(self._written.popleft())
-        for piece in pieces:
-            os.posix_fadvise(self._descriptor, *piece, os.POSIX_FADV_DONTNEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +41,22 @@ class Side:
 
     descriptor: int
     wake: Wake
-    punches: bool = False  # zeroes become holes of the target; else they are written
+    zeroing: int = 0  # how fallocate(2) makes zeroes of the target; 0: they are written
+    unit: int = 1  # ... at multiples of this
     has_holes: bool = False  # the source may have some, and tells
 
 
 def carry(
-    source: Side, target: Side, runs: Sequence[tuple[int, int]], hasher: xxh3_64 | None
+    source: Side,
+    target: Side,
+    runs: Sequence[tuple[int, int]],
+    hasher: xxh3_64 | None,
+    watch: Watch,
 ) -> int:
     """Make (offset, length) of the target equal to the source's; return how much wasn't zeroes.
 
-    Blocks. Every byte goes to `hasher`, in order; after an error it has had some of them.
+    Blocks. Every byte goes to `hasher`, in order; after an error it has had some of them. `watch`
+    is around what the target is asked for.
 
     Raises:
         OSError: either side's; EIO too where the source has become shorter.
@@ -110,9 +69,9 @@ def carry(
             for extent in extents:
                 for at, count in split(extent.offset, extent.length, BUFFER_BYTES):
                     if extent.status is Status.DATA:
-                        moved += _carry_data(source, target, at, count, hasher)
+                        moved += _carry_data(source, target, at, count, hasher, watch)
                     else:
-                        _carry_hole(target, at, count, hasher)
+                        _carry_hole(target, at, count, hasher, watch)
             offset = extents[-1].end
     return moved
 
@@ -120,39 +79,46 @@ def carry(
 def _extents(source: Side, offset: int, end: int) -> list[Extent]:
     if not source.has_holes:
         return [Extent(offset, end - offset, Status.DATA)]
-    if os.fstat(source.descriptor).st_size < end:  # else what is gone would be a hole
-        raise OSError(errno.EIO, "the source is shorter now")
     return find_extents(source.descriptor, offset, end)
 
 
-def _carry_hole(target: Side, offset: int, length: int, hasher: xxh3_64 | None) -> None:
+def _carry_hole(
+    target: Side, offset: int, length: int, hasher: xxh3_64 | None, watch: Watch
+) -> None:
     zeroes = memoryview(_ZEROES)[:length]
     if hasher is not None:
         hasher.update(zeroes)
-    _put(target, offset, zeroes, [Run(0, length, True)])
+    with watch:
+        _put(target, offset, zeroes, [Run(0, length, True)])
 
 
 def _carry_data(
-    source: Side, target: Side, offset: int, length: int, hasher: xxh3_64 | None
+    source: Side,
+    target: Side,
+    offset: int,
+    length: int,
+    hasher: xxh3_64 | None,
+    watch: Watch,
 ) -> int:
-    view = _buffer()[:length]
+    view = thread_buffer()[:length]
     _whole(os.preadv, source, offset, view)
     if hasher is not None:
         hasher.update(view)
     runs = runs_of(view, ZERO_BYTES)
-    _put(target, offset, view, runs)
-    if length >= ONCE_BYTES_MIN:
-        target.wake.hand_on(offset, length)
+    with watch:
+        _put(target, offset, view, runs)
+        if length >= ONCE_BYTES_MIN:
+            target.wake.hand_on(offset, length)
     return sum(run.length for run in runs if not run.is_zero)
 
 
 def _put(target: Side, offset: int, view: memoryview, runs: list[Run]) -> None:
     for start, length, is_zero in runs:
-        if is_zero and target.punches:
-            mode = FALLOC_KEEP_SIZE | FALLOC_PUNCH_HOLE
-            durable.fallocate(target.descriptor, mode, offset + start, length)
+        at = offset + start
+        if is_zero and target.zeroing and (at | length) % target.unit == 0:
+            durable.fallocate(target.descriptor, FALLOC_KEEP_SIZE | target.zeroing, at, length)
         else:
-            _whole(os.pwritev, target, offset + start, view[start : start + length])
+            _whole(os.pwritev, target, at, view[start : start + length])
 
 
 def _whole(move: Callable[..., int], side: Side, offset: int, view: memoryview) -> None:
@@ -168,11 +134,3 @@ def _whole(move: Callable[..., int], side: Side, offset: int, view: memoryview) 
         if done == 0:
             raise OSError(errno.EIO, "nothing was moved: it is shorter now")
         view, offset = view[done:], offset + done
-
-
-def _buffer() -> memoryview:
-    """Return this thread's buffer, page-aligned."""
-    if not hasattr(_buffers, "view"):
-        _buffers.view = memoryview(mmap.mmap(-1, BUFFER_BYTES))
-    view: memoryview = _buffers.view
-    return view

@@ -24,23 +24,24 @@ the `FileIo` knows. A number that was closed is at once another file's: nobody m
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import fcntl
 import os
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from xxhash import xxh3_64
 
 from mirrord.core.geometry import KIB, MIB, Extent, Status, round_down, round_up, split
-from mirrord.storage.backend import Backend, Buffer, Cache, Capabilities, Identity
+from mirrord.storage.backend import Backend, Buffer, Cache, Capabilities, Identity, Watch
 from mirrord.storage.carrying import (
+    CARRY_THREADS_MAX,
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
+    FALLOC_ZERO_RANGE,
     ONCE_BYTES_MIN,
     Side,
-    Wake,
     carry,
 )
 from mirrord.storage.fileio import FileIo
@@ -50,6 +51,7 @@ from mirrord.storage.memory_pool import (
     aligned_address,
     constant,
 )
+from mirrord.storage.page_cache import Wake, drop, warm
 
 T = TypeVar("T")
 
@@ -59,8 +61,6 @@ INLINE_READ_BYTES_MAX = 256 * KIB
 # Writes up to this may be done inline (`authoritative`): 1 MiB takes the loop about 0.4 ms, less
 # than having a kernel thread woken for it.
 INLINE_WRITE_BYTES_MAX = MIB
-
-FALLOC_ZERO_RANGE = 0x10
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _ZEROES = bytes(MIB)
@@ -103,7 +103,8 @@ class DescriptorBackend(Backend):
         self._wake = Wake(descriptor, cached=not self._direct, by_hand=capabilities.durable_flush)
         self._other_descriptor = -1
         self._other_lock = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._carriers = ThreadPoolExecutor(CARRY_THREADS_MAX, "mirrord-carry")
+        self._tasks: set[asyncio.Future[Any]] = set()
         self._users = 0  # coroutines that have a descriptor's number in hand
         self._unused: asyncio.Future[None] | None = None  # `close` waits for the last of them
         self._edges = asyncio.Lock()  # held by a read-modify-write
@@ -156,7 +157,7 @@ class DescriptorBackend(Backend):
     async def _read_stored(self, offset: int, length: int) -> Buffer:
         if await self._other() >= 0:
             return await self._read_past(offset, length)
-        await self._own(self._io.call(_drop_cache, self._descriptor, offset, length))
+        await self._own(self._io.call(drop, self._descriptor, offset, length))
         return await self._io.read(self._descriptor, offset, length)
 
     async def _read_past(self, offset: int, length: int) -> Buffer:
@@ -171,7 +172,7 @@ class DescriptorBackend(Backend):
             cached = await self._other()
         at = max(offset, self._direct_end)
         if at < end and not self._direct:
-            await self._own(self._io.call(_drop_cache, cached, at, end - at))
+            await self._own(self._io.call(drop, cached, at, end - at))
         pieces: list[Coroutine[Any, Any, Buffer]] = []
         if start < stop:
             pieces.append(self._io.read_direct(direct, start, stop - start))
@@ -224,20 +225,32 @@ class DescriptorBackend(Backend):
         return await self.write(offset, data)
 
     async def carry_from(
-        self, source: Backend, runs: Sequence[tuple[int, int]], hasher: xxh3_64 | None
+        self,
+        source: Backend,
+        runs: Sequence[tuple[int, int]],
+        hasher: xxh3_64 | None,
+        watch: Watch,
     ) -> int | None:
-        """Copy in a thread, from page cache to page cache, leaving both as they were."""
+        """Copy in a thread, from page cache to page cache, leaving both as they were.
+
+        The threads are this target's own: one that doesn't answer holds up no other.
+        """
         if not isinstance(source, DescriptorBackend) or self._direct or source._direct:
             return None
-        if self.read_only:
-            return None
-        sides = source._side(), self._side()
-        carrying = self._task(self._io.call_long(carry, *sides, runs, hasher))
+        work = self._carriers.submit(carry, source._side(), self._side(), runs, hasher, watch)
+        carrying = asyncio.wrap_future(work)
+        self.lend_to(carrying)
         source.lend_to(carrying)
-        return await asyncio.shield(carrying)
+        try:
+            return await asyncio.shield(carrying)
+        except asyncio.CancelledError:
+            work.cancel()  # what no thread has begun; the rest ends by itself
+            raise
 
     def _side(self) -> Side:
-        return Side(self._descriptor, self._wake, punches=self._punches)
+        ranges = FALLOC_ZERO_RANGE if self._zeroes_ranges else 0
+        zeroing = FALLOC_PUNCH_HOLE if self._punches else ranges
+        return Side(self._descriptor, self._wake, zeroing, self._zero_unit)
 
     async def _write_aligned(self, offset: int, data: Buffer, dsync: bool) -> None:
         while self._edges.locked():
@@ -352,12 +365,15 @@ class DescriptorBackend(Backend):
 
     def forget_cache(self, offset: int, length: int) -> None:
         if not self._direct:
-            self._task(self._io.call(_drop_cache, self._descriptor, offset, length))
+            self._task(self._io.call(drop, self._descriptor, offset, length))
 
-    async def warm(self, offset: int, length: int) -> None:
-        if not self._direct:
-            with contextlib.suppress(OSError):
-                await self._own(self._io.call(_will_need, self._descriptor, offset, length))
+    async def warm_from(self, source: Backend, offset: int, length: int) -> int:
+        if self._direct or not isinstance(source, DescriptorBackend):
+            return 0
+        sides = source._descriptor, self._descriptor
+        warming = self._task(self._io.call(warm, *sides, offset, length))
+        source.lend_to(warming)
+        return await asyncio.shield(warming)
 
     async def close(self) -> None:
         if self._closing is None:
@@ -378,6 +394,7 @@ class DescriptorBackend(Backend):
         # No await between the look above and this: who comes now finds no number (EBADF).
         numbers = [self._descriptor, self._other_descriptor]
         self._descriptor = self._other_descriptor = -1
+        self._carriers.shutdown(wait=False)  # they are idle
         failure = None
         for number in numbers:
             try:
@@ -435,12 +452,12 @@ class DescriptorBackend(Backend):
         self.lend_to(task)
         return task
 
-    def lend_to(self, task: asyncio.Task[Any]) -> None:
-        """Have `close` wait for a task that uses a descriptor of this."""
+    def lend_to(self, task: asyncio.Future[Any]) -> None:
+        """Have `close` wait for something that uses a descriptor of this."""
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
+    def _ended(self, task: asyncio.Future[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # an abandoned answer is nobody's unhandled error
@@ -468,14 +485,6 @@ def _blocks(offset: int, stop: int, unit: int) -> list[tuple[int, int, bool]]:
     head = [(offset, start - offset, False)] if offset < start else []
     tail = [(end, stop - end, False)] if end < stop else []
     return head + middle + tail
-
-
-def _drop_cache(descriptor: int, offset: int, length: int) -> None:
-    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
-
-
-def _will_need(descriptor: int, offset: int, length: int) -> None:
-    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 def _reopen(descriptor: int) -> int:

@@ -44,10 +44,6 @@ T = TypeVar("T")
 # rate, more gave nothing on two cores.
 THREADS_MAX = 16
 
-# Threads that copy: a disk that has to be read wants some requests at a time, the page cache one a
-# processor.
-CARRY_THREADS_MAX = 4
-
 # Threads for what has no asynchronous form (lseek, ioctl, copy_file_range, renames).
 CALL_THREADS_MAX = 4
 
@@ -59,7 +55,6 @@ class FileIo(ABC):
 
     def __init__(self) -> None:
         self._executor: ThreadPoolExecutor | None = None
-        self._carriers: ThreadPoolExecutor | None = None
         self._calls: set[asyncio.Future[Any]] = set()
 
     @abstractmethod
@@ -118,15 +113,6 @@ class FileIo(ABC):
         future.add_done_callback(self._called)
         return future
 
-    async def call_long(self, function: Callable[..., T], *args: object) -> T:
-        """As `call`, for what moves much: it never keeps the short ones waiting."""
-        if self._carriers is None:
-            self._carriers = ThreadPoolExecutor(CARRY_THREADS_MAX, "mirrord-carry")
-        future = asyncio.get_running_loop().run_in_executor(self._carriers, function, *args)
-        self._calls.add(future)
-        future.add_done_callback(self._called)
-        return await asyncio.shield(future)
-
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a blocking function in a thread. Cancelling abandons the answer, not the call."""
         return await asyncio.shield(self.submit(function, *args, **kwargs))
@@ -163,10 +149,9 @@ class FileIo(ABC):
     async def close(self) -> None:
         """Wait for everything in flight and release what this holds. Idempotent."""
         await self.settle_calls()
-        for executor in (self._executor, self._carriers):
-            if executor is not None:
-                executor.shutdown()
-        self._executor = self._carriers = None
+        if self._executor is not None:
+            self._executor.shutdown()
+        self._executor = None
 
 
 class ThreadIo(FileIo):

@@ -15,7 +15,12 @@ def find_extents(descriptor: int, offset: int, end: int) -> list[Extent]:
     """Return the data and the holes from `offset` on, at most `EXTENT_PAIRS_MAX` of each. Blocks.
 
     Where the file system can't tell, everything is data.
+
+    Raises:
+        OSError: EIO where the file ends before `end`: what is gone is no hole.
     """
+    if os.fstat(descriptor).st_size < end:
+        raise OSError(errno.EIO, "the file is shorter now")
     extents: list[Extent] = []
     for _ in range(EXTENT_PAIRS_MAX):
         if offset >= end:

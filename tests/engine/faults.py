@@ -19,7 +19,7 @@ from xxhash import xxh3_64
 from mirrord.core.geometry import Extent
 from mirrord.core.journal import Kind
 from mirrord.engine.store import JobStore
-from mirrord.storage.backend import Backend, Buffer, Cache, Identity, Place
+from mirrord.storage.backend import Backend, Buffer, Cache, Identity, Place, Watch
 from mirrord.storage.file import FileBackend
 
 T = TypeVar("T")
@@ -253,7 +253,11 @@ class FaultyBackend(Backend):
         )
 
     async def carry_from(
-        self, source: Backend, runs: Sequence[tuple[int, int]], hasher: xxh3_64 | None
+        self,
+        source: Backend,
+        runs: Sequence[tuple[int, int]],
+        hasher: xxh3_64 | None,
+        watch: Watch,
     ) -> int | None:
         """A read of the source and a write of the target, as far as the rules are concerned."""
         inner = source.inner if isinstance(source, FaultyBackend) else source
@@ -261,9 +265,10 @@ class FaultyBackend(Backend):
             return None
         if isinstance(source, FaultyBackend):
             await source.faults.call("read", _nothing, runs[0][0])
-        return await self.faults.call(
-            "write", lambda: self.inner.carry_from(inner, runs, hasher), runs[0][0]
-        )
+        with watch:
+            return await self.faults.call(
+                "write", lambda: self.inner.carry_from(inner, runs, hasher, watch), runs[0][0]
+            )
 
     def forget_cache(self, offset: int, length: int) -> None:
         self.inner.forget_cache(offset, length)

@@ -28,6 +28,24 @@ async def test_a_copy_made_below_that_hangs_is_noticed(bench: CrashBench) -> Non
     await bench.assert_moved(await bench.finish())
 
 
+@pytest.mark.parametrize(("side", "named"), [("source", False), ("target", True)])
+async def test_only_a_silent_target_is_called_one(
+    on_files: CrashBench, side: str, named: bool
+) -> None:
+    """Copies beside the loop use both sides, and a source may be slow."""
+    bench = on_files
+    bench.settings = replace(SMALL, target_stall_s=0.05, drain_s=0.05)
+    await bench.begin(verify="full")
+    faults = bench.at_source if side == "source" else bench.at_target
+    hanging = faults.hang("read" if side == "source" else "write")
+    await bench.run_to(hanging)
+    silence_pause_s = 4 * bench.settings.target_stall_s
+    await asyncio.sleep(silence_pause_s)
+    assert (bench.job.migration.phase is Phase.DEGRADED) == named
+    hanging.release()
+    await bench.assert_moved(await bench.finish())
+
+
 async def test_cancel_does_not_wait_for_the_sources_first_flush(bench: CrashBench) -> None:
     """Tens of gigabytes in the source's cache take minutes; the job goes on beside that."""
     flush = bench.at_source.hang("flush")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mirrord.core.geometry import KIB, MIB
 from mirrord.core.migration import Phase
-from tests.engine.harness import Bench, Writer, finish
+from mirrord.storage.backend import Backend
+from tests.engine.harness import QUICK, Bench, Writer, finish
 from tests.helpers import eventually_async
 
 SIZE = (24 << 20) + 513
@@ -53,44 +58,57 @@ async def test_a_guest_that_writes_more_than_the_limit_cannot_stop_the_move(tmp_
     assert job.tracker.mirrored_bytes > 16 << 20, "the guest alone used the limit up"
 
 
-async def test_what_the_guest_used_is_warmed_on_the_target_before_the_cutover(
+async def test_what_the_guest_uses_is_warmed_on_the_target_before_the_cutover(
     tmp_path: Path,
 ) -> None:
-    unit = 1 << 20
-    bench = Bench(tmp_path, 16 * unit + 513)
+    bench = Bench(tmp_path, 16 * MIB + 513)
     disk = await bench.open()
-    await Writer(disk, seed=3).fill()
+    await disk.read(2 * MIB - 1, 2)  # what it did before the move counts
     job = await bench.start(cutover="manual")
     assert job.tracker is not None
     warmed: list[tuple[int, int]] = []
 
-    async def warm(offset: int, length: int) -> None:
-        assert disk.backend is not job.tracker.target
+    async def warm(source: Backend, offset: int, length: int) -> int:
+        assert source is disk.backend
         warmed.append((offset, length))
+        return length
 
-    job.tracker.target.warm = warm  # type: ignore[method-assign]
-    await disk.read(2 * unit - 1, 2)
-    await disk.write(7 * unit, b"x")
-    await disk.read(16 * unit + 512, 1)
+    job.tracker.target.warm_from = warm  # type: ignore[method-assign]
+    await disk.write(7 * MIB, b"x")
+    await disk.read(16 * MIB + 512, 1)
     await job.cutover()
     assert (await finish(job)).phase is Phase.DONE
-    assert warmed == [(unit, unit), (2 * unit, unit), (7 * unit, unit), (16 * unit, 513)]
-    await disk.read(5 * unit, 1)  # nobody follows any more
+    assert warmed == [(MIB, MIB), (2 * MIB, MIB), (7 * MIB, MIB), (16 * MIB, 513)]
 
 
-async def test_no_more_is_warmed_than_the_limit(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, 4 << 20)
+@pytest.mark.parametrize(
+    ("answer", "settings", "times"),
+    [
+        (MIB, {"warm_bytes": 3 * MIB}, 3),
+        (64 * KIB, {"warm_bytes": 3 * MIB}, 16),  # of the rest nothing was cached
+        (MIB, {"warm_s": -1}, 0),
+        (OSError(errno.EIO, "bad sector"), {}, 1),
+    ],
+)
+async def test_no_more_is_warmed_than_helps(
+    tmp_path: Path, answer: int | OSError, settings: dict[str, Any], times: int
+) -> None:
+    """The move goes on in any case."""
+    bench = Bench(tmp_path, 16 * MIB, settings=replace(QUICK, **settings))
     disk = await bench.open()
     job = await bench.start(cutover="manual")
     assert job.tracker is not None
-    await disk.read(0, 4 << 20)
-    warmed: list[int] = []
+    await disk.read(0, 16 * MIB)
+    asked = 0
 
-    async def warm(offset: int, length: int) -> None:
-        warmed.append(length)
+    async def warm(source: Backend, offset: int, length: int) -> int:
+        nonlocal asked
+        asked += 1
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
 
-    job.tracker.target.warm = warm  # type: ignore[method-assign]
-    await job.tracker.warm_target((3 << 20) - 1)
-    assert sum(warmed) == 2 << 20
+    job.tracker.target.warm_from = warm  # type: ignore[method-assign]
     await job.cutover()
-    await finish(job)
+    assert (await finish(job)).phase is Phase.DONE
+    assert asked == times

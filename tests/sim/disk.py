@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from xxhash import xxh3_64
 
 from mirrord.core.geometry import Extent, Status, merge
-from mirrord.storage.backend import Backend, Buffer, Capabilities, Identity
+from mirrord.storage.backend import Backend, Buffer, Capabilities, Identity, Watch
 from tests.sim.loop import elapse
 from tests.sim.world import World
 
@@ -293,7 +293,11 @@ class SimBackend(Backend):
         return True
 
     async def carry_from(
-        self, source: Backend, runs: Sequence[tuple[int, int]], hasher: xxh3_64 | None
+        self,
+        source: Backend,
+        runs: Sequence[tuple[int, int]],
+        hasher: xxh3_64 | None,
+        watch: Watch,
     ) -> int | None:
         """Half of the time: read, hash and write, as one call that may fail in the middle."""
         if not isinstance(source, SimBackend) or self.world.random() < 0.5:
@@ -302,7 +306,8 @@ class SimBackend(Backend):
             data = await source.read(offset, length)
             if hasher is not None:
                 hasher.update(data)
-            await self.write(offset, data)
+            with watch:
+                await self.write(offset, data)
         return sum(length for _, length in runs)
 
     @property

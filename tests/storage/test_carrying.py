@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
+import math
 import os
+import threading
 from pathlib import Path
 
 import pytest
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-from mirrord.core.geometry import KIB, MIB
-from mirrord.storage.backend import Cache
-from mirrord.storage.carrying import BEHIND_MAX
+from mirrord.core.geometry import KIB, MIB, Extent, Status
+from mirrord.storage import durable
+from mirrord.storage.backend import Cache, Watch
+from mirrord.storage.carrying import (
+    CARRY_THREADS_MAX,
+    FALLOC_KEEP_SIZE,
+    FALLOC_PUNCH_HOLE,
+    FALLOC_ZERO_RANGE,
+)
 from mirrord.storage.file import FileBackend
 from mirrord.storage.fileio import FileIo
+from mirrord.storage.page_cache import BEHIND_MAX
 from tests.helpers import eventually_async
 from tests.storage.conformance import pattern
 from tests.storage.places import allocated_bytes, make_file, resident_pages
 from tests.storage.test_file import leave_free, open_file
 
 PAGE = 4096
+NEVER = Watch(math.inf, lambda: 0)
 COPIED = 20 * MIB  # more than is dropped late, and two of it fit the small file systems
 
 
@@ -36,7 +47,7 @@ async def write_once(source: FileBackend, target: FileBackend, offset: int) -> N
 
 async def carry(source: FileBackend, target: FileBackend, offset: int) -> None:
     """Copy a piece beside it."""
-    assert await target.carry_from(source, [(offset, MIB)], None) == MIB
+    assert await target.carry_from(source, [(offset, MIB)], None, NEVER) == MIB
 
 
 @pytest.mark.parametrize("copy", [write_once, carry])
@@ -95,24 +106,45 @@ async def sides(tmp_path: Path, some_io: FileIo):
     await target.close()
 
 
-@pytest.mark.parametrize("punches", [True, False])
-async def test_zeroes_become_holes_and_everything_is_hashed(sides, tmp_path, punches) -> None:
+@pytest.mark.parametrize(("punches", "ranges"), [(True, True), (False, True), (False, False)])
+async def test_zeroes_are_left_to_the_storage_and_everything_is_hashed(
+    sides, tmp_path, monkeypatch, punches, ranges
+) -> None:
     content, source, target = sides
-    target._punches = punches
+    target._punches, target._zeroes_ranges = punches, ranges
+    modes = []
+    fallocate = durable.fallocate
+
+    def noted(descriptor: int, mode: int, offset: int, length: int) -> None:
+        modes.append(mode)
+        fallocate(descriptor, mode, offset, length)
+
+    monkeypatch.setattr(durable, "fallocate", noted)
     hasher = xxh3_64()
-    moved = await target.carry_from(source, [(0, len(content))], hasher)
+    moved = await target.carry_from(source, [(0, len(content))], hasher, NEVER)
     assert moved == len(content) - MIB
     assert hasher.intdigest() == xxh3_64_intdigest(content)
     assert (tmp_path / "target").read_bytes() == content
     await target.flush()
     assert (allocated_bytes(tmp_path / "target") < len(content)) == punches
+    zeroing = FALLOC_PUNCH_HOLE if punches else FALLOC_ZERO_RANGE
+    assert set(modes) == ({FALLOC_KEEP_SIZE | zeroing} if ranges else set())
+
+
+async def test_zeroes_that_the_storage_would_refuse_are_written(sides, tmp_path) -> None:
+    content, source, target = sides
+    target._zero_unit = 4 * MIB  # of a block device, say
+    assert await target.carry_from(source, [(0, len(content))], None, NEVER) == len(content) - MIB
+    assert (tmp_path / "target").read_bytes() == content
+    await target.flush()
+    assert allocated_bytes(tmp_path / "target") >= len(content)
 
 
 async def test_only_the_range_is_touched(sides, tmp_path) -> None:
     content, source, target = sides
     before = (tmp_path / "target").read_bytes()
     offset, length = 100 * KIB, 300 * KIB
-    assert await target.carry_from(source, [(offset, length)], None) == length
+    assert await target.carry_from(source, [(offset, length)], None, NEVER) == length
     after = before[:offset] + content[offset : offset + length] + before[offset + length :]
     assert (tmp_path / "target").read_bytes() == after
 
@@ -122,7 +154,7 @@ async def test_several_runs_are_one_copy(sides, tmp_path) -> None:
     expected = bytearray((tmp_path / "target").read_bytes())
     runs = [(0, 4 * KIB), (12 * KIB, 8 * KIB), (MIB - KIB, 2 * KIB)]
     hasher = xxh3_64()
-    assert await target.carry_from(source, runs, hasher) == 13 * KIB  # 1 KiB are zeroes
+    assert await target.carry_from(source, runs, hasher, NEVER) == 13 * KIB  # 1 KiB are zeroes
     for offset, length in runs:
         expected[offset : offset + length] = content[offset : offset + length]
     assert (tmp_path / "target").read_bytes() == expected
@@ -134,8 +166,8 @@ async def test_direct_sides_are_left_to_the_loop(sides, tmp_path, some_io) -> No
     content, source, target = sides
     before = (tmp_path / "target").read_bytes()
     direct = await open_file(make_file(tmp_path / "direct", content), some_io, Cache.DIRECT)
-    assert await target.carry_from(direct, [(0, MIB)], None) is None
-    assert await direct.carry_from(source, [(0, MIB)], None) is None
+    assert await target.carry_from(direct, [(0, MIB)], None, NEVER) is None
+    assert await direct.carry_from(source, [(0, MIB)], None, NEVER) is None
     await direct.close()
     assert (tmp_path / "target").read_bytes() == before
 
@@ -144,8 +176,65 @@ async def test_a_source_that_became_shorter_is_an_error(sides, tmp_path) -> None
     _, source, target = sides
     os.truncate(tmp_path / "source", MIB)
     with pytest.raises(OSError, match="shorter") as caught:
-        await target.carry_from(source, [(512 * KIB, MIB)], xxh3_64())
+        await target.carry_from(source, [(512 * KIB, MIB)], xxh3_64(), NEVER)
     assert caught.value.errno == errno.EIO
+
+
+async def test_what_is_gone_of_a_source_is_no_hole(sides, tmp_path) -> None:
+    _, source, _ = sides
+    os.truncate(tmp_path / "source", MIB)
+    assert await source.extents(0, MIB) == [Extent(0, MIB, Status.DATA)]
+    with pytest.raises(OSError, match="shorter") as caught:
+        await source.extents(MIB, MIB)
+    assert caught.value.errno == errno.EIO
+
+
+async def test_a_watch_sees_the_target_and_not_the_source(sides, monkeypatch) -> None:
+    content, source, target = sides
+    watch = Watch(5, lambda: 1)
+    seen: dict[str, set[float]] = {}
+    honest = {name: getattr(os, name) for name in ("preadv", "pwritev")}
+
+    def noting(name: str, *args: object) -> int:
+        seen.setdefault(name, set()).add(watch.due_s)
+        return honest[name](*args)
+
+    for name in honest:
+        monkeypatch.setattr(os, name, functools.partial(noting, name))
+    await target.carry_from(source, [(0, len(content))], None, watch)
+    assert seen == {"preadv": {math.inf}, "pwritev": {6}}
+    assert watch.due_s == math.inf
+
+
+async def test_a_target_that_hangs_holds_up_no_other(
+    tmp_path: Path, some_io: FileIo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no thread has begun when its move is given up is not begun at all."""
+    source = await open_file(make_file(tmp_path / "disk", pattern(8 * MIB)), some_io)
+    dead = await open_file(make_file(tmp_path / "dead", b"", 8 * MIB), some_io)
+    other = await open_file(make_file(tmp_path / "other", b"", 8 * MIB), some_io)
+    alive = threading.Event()
+    begun: list[int] = []
+    pwritev = os.pwritev
+
+    def hanging(descriptor: int, buffers: object, offset: int, flags: int) -> int:
+        if descriptor == dead._descriptor:
+            begun.append(offset)
+            alive.wait()
+        return pwritev(descriptor, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "pwritev", hanging)
+    carries = [asyncio.create_task(carry(source, dead, at * MIB)) for at in range(6)]
+    await eventually_async(lambda: len(begun) == CARRY_THREADS_MAX)
+    await asyncio.wait_for(carry(source, other, 0), 10)
+    for task in carries:
+        task.cancel()
+    results = await asyncio.gather(*carries, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+    alive.set()
+    for backend in (dead, other, source):
+        await backend.close()
+    assert sorted(begun) == [at * MIB for at in range(CARRY_THREADS_MAX)]
 
 
 async def test_a_full_target_is_an_error(
@@ -156,18 +245,6 @@ async def test_a_full_target_is_an_error(
     target = await open_file(make_file(where / "target", b"", 60 * MIB), some_io)
     leave_free(where, 40 * MIB)
     with pytest.raises(OSError, match="No space"):
-        await target.carry_from(source, [(0, 60 * MIB)], None)
+        await target.carry_from(source, [(0, 60 * MIB)], None, NEVER)
     await source.close()
     await target.close()
-
-
-async def test_what_is_warmed_comes_into_the_page_cache(tmp_path, some_io) -> None:
-    path = make_file(tmp_path / "disk", pattern(4 * MIB))
-    backend = await open_file(path, some_io)
-    await backend.flush()
-    os.posix_fadvise(backend._descriptor, 0, 4 * MIB, os.POSIX_FADV_DONTNEED)
-    assert resident_pages(path) == 0
-    await backend.warm(MIB, MIB)
-    await eventually_async(lambda: resident_pages(path) >= MIB // PAGE)
-    assert resident_pages(path) < 4 * MIB // PAGE
-    await backend.close()
