@@ -21,12 +21,13 @@ ends that: the late COMMIT, or an ABORT. Until then the target-only gate is not 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 
 from mirrord.core.journal import Kind, Payload, State
 from mirrord.core.migration import Event
-from mirrord.engine.disk import USED_UNIT_BYTES, Disk
+from mirrord.engine.disk import READ_UNIT_BYTES, Disk
 from mirrord.engine.ledger import Ledger
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.tracking import WriteTracker
@@ -40,6 +41,9 @@ Outcome = tuple[Event, str]
 # Flushes before the gate, each with less to do than the one before; a target that is still slow
 # after so many is tried behind the gate all the same, which then may time out.
 FLUSHES_MAX = 3
+
+# So much of what the guest reads is looked for in the source's cache at a time.
+WARM_UNITS = 64
 
 
 class Cutover:
@@ -165,21 +169,22 @@ class Cutover:
         return None if doubt is None else (Event.ABORTED, doubt)
 
     async def _warm(self) -> None:
-        """Read into the target's cache what the guest uses and has in the source's: the copy is not
-        there, and the guest would find everything it works with slow. Once a move."""
+        """Read into the target's cache what the guest reads and has in the source's: the copy is
+        not there, and the guest would find everything it works with slow. Once a move."""
         until_s = self._clock() + self._settings.warm_s
         tracker = self._tracker
         left_bytes = 0 if tracker.warmed else self._settings.warm_bytes
         tracker.warmed = True
-        for index in self._disk.used.search(1):
-            if left_bytes <= 0 or self._clock() > until_s:
+        unit, size = READ_UNIT_BYTES, self._disk.size
+        read = self._disk.read_units.search(1)
+        runs = ((index * unit, min(unit, size - index * unit)) for index in read)
+        while left_bytes > 0 and self._clock() < until_s:
+            some = list(itertools.islice(runs, WARM_UNITS))
+            if not some:
                 break
-            offset = index * USED_UNIT_BYTES
-            length = min(USED_UNIT_BYTES, self._disk.size - offset)
+            warming = tracker.target.warm_from(tracker.source, some)
             try:
-                left_bytes -= await tracker.asked(
-                    tracker.target.warm_from(tracker.source, offset, length)
-                )
+                left_bytes -= await tracker.asked(warming)
             except OSError as error:  # the guest's own read of it may still succeed
                 _log.info("not warmed error=%s", error)
                 break

@@ -20,13 +20,14 @@ import errno
 import os
 from typing import Protocol
 
-from bitarray import bitarray
+from bitarray.util import zeros
 
-from mirrord.core.geometry import MIB, Extent, Status
+from mirrord.core.geometry import KIB, Extent, Status
 from mirrord.engine.mutation import Mutation, Trim, Write, Zeroes
 from mirrord.storage.backend import Backend, Buffer, UnreachableError
 
-USED_UNIT_BYTES = MIB
+# A bit each says what was read: two MiB of memory for each TiB that a guest has read.
+READ_UNIT_BYTES = 64 * KIB
 
 
 class OtherSideError(OSError):
@@ -76,8 +77,7 @@ class Disk:
         self.backend = backend
         backend.authoritative = True  # this process has no other disk to keep waiting
         self.flush_failed = False
-        # The parts of `USED_UNIT_BYTES` that a guest has read or written since the disk was opened.
-        self.used = bitarray(-(-self.size // USED_UNIT_BYTES))
+        self.read_units = zeros(-(-self.size // READ_UNIT_BYTES))  # since the disk was opened
         self._tracker: Tracker | None = None
         self._gate: asyncio.Event | None = None
         self._generation = _Generation()
@@ -85,12 +85,11 @@ class Disk:
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return `length` bytes from the authoritative side."""
-        self._use(offset, length)
+        self._note_read(offset, length)
         return await self.backend.read(offset, length)
 
     async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         """Write all of `data`; with `fua` it is durable on return."""
-        self._use(offset, len(data))
         await self._mutate(Write(offset, len(data), data, fua))
 
     async def write_zeroes(
@@ -123,7 +122,7 @@ class Disk:
 
     async def cache(self, offset: int, length: int) -> None:
         """Bring the range near. Has no effect that a guest could rely on."""
-        self._use(offset, length)
+        self._note_read(offset, length)
         end = offset + length
         while offset < end:
             step = min(end - offset, 1 << 20)  # bounded memory, whatever the guest asks for
@@ -180,12 +179,12 @@ class Disk:
         self._tracker = None
         return former
 
-    def _use(self, offset: int, length: int) -> None:
-        first, last = offset // USED_UNIT_BYTES, (offset + length - 1) // USED_UNIT_BYTES
+    def _note_read(self, offset: int, length: int) -> None:
+        first, last = offset // READ_UNIT_BYTES, (offset + length - 1) // READ_UNIT_BYTES
         if first == last:
-            self.used[first] = 1
+            self.read_units[first] = 1
         else:
-            self.used[first : last + 1] = 1
+            self.read_units[first : last + 1] = 1
 
     async def _mutate(self, mutation: Mutation) -> None:
         while self._gate is not None:

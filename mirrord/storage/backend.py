@@ -237,10 +237,11 @@ class Backend(ABC):
         """Hint: nobody will read this range soon; give its clean page cache back."""
         return
 
-    async def warm_from(self, source: Backend, offset: int, length: int) -> int:
-        """Read into a cache of this machine what it has of the same range of `source`.
+    async def warm_from(self, source: Backend, runs: Sequence[tuple[int, int]]) -> int:
+        """Read into a cache of this machine each (offset, length) of which it has some of `source`.
 
-        Return how many bytes that was: 0 where there is no such cache.
+        Return how many bytes that was: 0 where there is no such cache. They begin where a page
+        does, and are at most 1 MiB.
         """
         return 0
 

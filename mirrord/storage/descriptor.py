@@ -367,11 +367,10 @@ class DescriptorBackend(Backend):
         if not self._direct:
             self._task(self._io.call(drop, self._descriptor, offset, length))
 
-    async def warm_from(self, source: Backend, offset: int, length: int) -> int:
+    async def warm_from(self, source: Backend, runs: Sequence[tuple[int, int]]) -> int:
         if self._direct or not isinstance(source, DescriptorBackend):
             return 0
-        sides = source._descriptor, self._descriptor
-        warming = self._task(self._io.call(warm, *sides, offset, length))
+        warming = self._task(self._io.call(warm, source._descriptor, self._descriptor, runs))
         source.lend_to(warming)
         return await asyncio.shield(warming)
 

@@ -12,17 +12,15 @@ import mmap
 import os
 import threading
 from collections import deque
+from collections.abc import Sequence
 
-from mirrord.core.geometry import KIB, MIB, round_down, round_up
+from mirrord.core.geometry import MIB, round_up
 
 BUFFER_BYTES = MIB
 
 # So many copied pieces are handed to the storage before the first of them is dropped: by then it is
 # stored, and can be.
 BEHIND_MAX = 16
-
-# One page that the guest has in the cache brings so much around it: less would be many small reads.
-WARM_UNIT_BYTES = 64 * KIB
 
 # linux/fs.h since Linux 6.14: start storing at once, and drop the pages afterwards.
 _RWF_DONTCACHE = 0x80
@@ -86,21 +84,16 @@ def drop(descriptor: int, offset: int, length: int) -> None:
     os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
-def warm(source: int, target: int, offset: int, length: int) -> int:
-    """Read into the cache, of the target, what it has of the source; return how many bytes.
+def warm(source: int, target: int, runs: Sequence[tuple[int, int]]) -> int:
+    """Read into the cache, of the target, each run of which it has some page of the source.
 
-    POSIX_FADV_WILLNEED would do without a buffer, but reads no more than one request's worth.
+    Return how many bytes that was. POSIX_FADV_WILLNEED would do without a buffer, but reads no more
+    than one request's worth.
     """
-    end = offset + length
-    offset = round_down(offset, WARM_UNIT_BYTES)
-    states = resident(source, offset, end - offset)
-    unit_pages = WARM_UNIT_BYTES // mmap.PAGESIZE
     warmed = 0
-    for index in range(0, len(states), unit_pages):
-        if 1 in states[index : index + unit_pages]:
-            at = offset + index * mmap.PAGESIZE
-            view = thread_buffer()[: min(WARM_UNIT_BYTES, end - at)]
-            warmed += os.preadv(target, (view,), at)
+    for offset, length in runs:
+        if 1 in resident(source, offset, length):
+            warmed += os.preadv(target, (thread_buffer()[:length],), offset)
     return warmed
 
 

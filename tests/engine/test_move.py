@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mirrord.core.geometry import KIB, MIB
+from mirrord.core.geometry import MIB
 from mirrord.core.migration import Phase
+from mirrord.engine.cutover import WARM_UNITS
+from mirrord.engine.disk import READ_UNIT_BYTES
 from mirrord.storage.backend import Backend
 from tests.engine.harness import QUICK, Bench, Writer, finish
 from tests.helpers import eventually_async
@@ -68,24 +71,25 @@ async def test_what_the_guest_uses_is_warmed_on_the_target_before_the_cutover(
     assert job.tracker is not None
     warmed: list[tuple[int, int]] = []
 
-    async def warm(source: Backend, offset: int, length: int) -> int:
+    async def warm(source: Backend, runs: Sequence[tuple[int, int]]) -> int:
         assert source is disk.backend
-        warmed.append((offset, length))
-        return length
+        warmed.extend(runs)
+        return MIB
 
     job.tracker.target.warm_from = warm  # type: ignore[method-assign]
-    await disk.write(7 * MIB, b"x")
+    await disk.write(7 * MIB, b"x")  # into the cache of both sides, if anybody reads it
     await disk.read(16 * MIB + 512, 1)
     await job.cutover()
     assert (await finish(job)).phase is Phase.DONE
-    assert warmed == [(MIB, MIB), (2 * MIB, MIB), (7 * MIB, MIB), (16 * MIB, 513)]
+    unit = READ_UNIT_BYTES
+    assert warmed == [(2 * MIB - unit, unit), (2 * MIB, unit), (16 * MIB, 513)]
 
 
 @pytest.mark.parametrize(
     ("answer", "settings", "times"),
     [
-        (MIB, {"warm_bytes": 3 * MIB}, 3),
-        (64 * KIB, {"warm_bytes": 3 * MIB}, 16),  # of the rest nothing was cached
+        (WARM_UNITS * READ_UNIT_BYTES, {"warm_bytes": 9 * MIB}, 3),
+        (0, {"warm_bytes": 9 * MIB}, 4),  # nothing was cached
         (MIB, {"warm_s": -1}, 0),
         (OSError(errno.EIO, "bad sector"), {}, 1),
     ],
@@ -101,7 +105,7 @@ async def test_no_more_is_warmed_than_helps(
     await disk.read(0, 16 * MIB)
     asked = 0
 
-    async def warm(source: Backend, offset: int, length: int) -> int:
+    async def warm(source: Backend, runs: Sequence[tuple[int, int]]) -> int:
         nonlocal asked
         asked += 1
         if isinstance(answer, OSError):

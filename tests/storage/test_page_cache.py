@@ -51,15 +51,14 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 async def test_only_what_the_source_has_is_warmed(pair: tuple[Path, Path], some_io: FileIo) -> None:
     one, other = pair
     source, target = await open_file(one, some_io), await open_file(other, some_io)
-    read(one, 64 * KIB, PAGE)
+    unit = 64 * KIB
+    read(one, unit, PAGE)
     read(one, 5 * MIB + PAGE, 2 * PAGE)
     read(one, SIZE - 1, 1)
-    unit = page_cache.WARM_UNIT_BYTES
-    assert await target.warm_from(source, 0, 6 * MIB + 3) == 2 * unit
-    # The file's end. What lies before the range comes with its unit.
-    assert await target.warm_from(source, SIZE - 3, 3) == SIZE % unit
+    runs = [(offset, min(unit, SIZE - offset)) for offset in range(0, SIZE, unit)]
+    assert await target.warm_from(source, runs) == 2 * unit + SIZE % unit
     warm = set(cached(other))
-    for offset in (64 * KIB, 5 * MIB):
+    for offset in (unit, 5 * MIB):
         assert warm.issuperset(range(offset // PAGE, (offset + unit) // PAGE))
     assert SIZE // PAGE in warm
     assert warm.isdisjoint(range(MIB // PAGE, 2 * MIB // PAGE))
@@ -74,11 +73,11 @@ async def test_a_side_without_a_cache_warms_nothing(
     cached_side = await open_file(one, some_io)
     direct = await open_file(other, some_io, Cache.DIRECT)
     await cached_side.read(0, MIB)
-    assert await direct.warm_from(cached_side, 0, MIB) == 0
+    assert await direct.warm_from(cached_side, [(0, MIB)]) == 0
     assert cached(other) == []
     cool(one)
     await direct.read(0, MIB)
-    assert await cached_side.warm_from(direct, 0, MIB) == 0
+    assert await cached_side.warm_from(direct, [(0, MIB)]) == 0
     assert cached(one) == []
     await cached_side.close()
     await direct.close()
