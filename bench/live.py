@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,9 +40,10 @@ MODES = {"blockdev-mirror, background": "background", "blockdev-mirror, blocking
 
 
 def _copy(folder: Path, size: int) -> Path:
-    """Return a warm disk of its own."""
+    """Return a warm disk of its own, which is on storage: no peer is to write it there first."""
     mine = folder / "vm.raw"
     run("cp", "--reflink=never", make_disk(folder, size, 1.0), mine)
+    os.sync()
     return mine
 
 

@@ -36,6 +36,7 @@ async def copying(job: Job) -> Outcome:
         await _scan(job)
     if job.request.mode == "mirror":
         return Event.MIRROR_CHOSEN, "mirroring from the start, as asked"
+    job.sample()  # a rate needs two
     await _walk(job)
     job.progress.passes = max(1, job.progress.passes)  # the bulk pass of an empty disk counts
     return Event.PASS_ENDED, f"the bulk pass copied {format_bytes(job.copier.copied_bytes)}"
