@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import mmap
 import os
 from typing import Protocol
 
-from bitarray.util import zeros
+from bitarray import bitarray
 
 from mirrord.core.geometry import KIB, Extent, Status
 from mirrord.engine.mutation import Mutation, Trim, Write, Zeroes
@@ -77,7 +78,10 @@ class Disk:
         self.backend = backend
         backend.authoritative = True  # this process has no other disk to keep waiting
         self.flush_failed = False
-        self.read_units = zeros(-(-self.size // READ_UNIT_BYTES))  # since the disk was opened
+        # What was read since the disk was opened. A private mapping takes memory where it is set.
+        map_bytes = max(1, -(-self.size // READ_UNIT_BYTES // 8))
+        memory = mmap.mmap(-1, map_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.read_units = bitarray(buffer=memory, endian="little")
         self._tracker: Tracker | None = None
         self._gate: asyncio.Event | None = None
         self._generation = _Generation()

@@ -19,7 +19,7 @@ class EngineSettings:
     # Zero detection inside a chunk: the usual largest block of file systems.
     zero_bytes: int = 64 * KIB
     # Extents are asked for in steps, so that a huge sparse disk never blocks the loop for long.
-    scan_bytes: int = 1024 * MIB
+    scan_bytes: int = 1024 * 1024 * MIB
     # The target is flushed in the background this often (or after so many bytes), so that the
     # intent map can be cleared and the flush at the gate has little to do.
     checkpoint_s: float = 5.0
