@@ -89,13 +89,14 @@ class Window:
     the least one seen. What is in flight beyond rate x least latency only waits in a queue
     (TCP Vegas: Brakmo and Peterson, 1995). A short queue, or a round that moved clearly more than
     the last, makes the window grow; a long one, which is latency that the guest suffers too,
-    makes it shrink.
+    makes it shrink. `latency_s` is the last round's mean, infinite before its end.
     """
 
     def __init__(self, chunk_bytes: int, max_bytes: int = WINDOW_MAX_BYTES) -> None:
         self.chunk_bytes = chunk_bytes
         self.max_bytes = max(chunk_bytes, max_bytes)
         self.bytes = min(self.max_bytes, 2 * chunk_bytes)  # one being read, one being written
+        self.latency_s = float("inf")
         self._least_s = float("inf")
         self._last_rate = 0.0
         self._grew = False
@@ -120,7 +121,7 @@ class Window:
             self._round_latency_s = 0.0
 
     def _end_round(self, elapsed_s: float) -> None:
-        latency_s = max(self._round_latency_s / self._round_count, 1e-9)
+        latency_s = self.latency_s = max(self._round_latency_s / self._round_count, 1e-9)
         rate = self._round_bytes / max(elapsed_s, 1e-9)
         self._rounds += 1
         if self._probing_for:

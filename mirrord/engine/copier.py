@@ -1,9 +1,9 @@
 """The copier: walks over the dirty bitmap and makes the target equal, chunk by chunk.
 
-One walker takes what is to be copied of each chunk, in order, and starts a worker for it; the
-window bounds the bytes in flight. A worker that copied a whole chunk knows its digest. Workers
-belong to the job's task group, not to the walker: a pass that is interrupted leaves its workers to
-finish, and they hold their locks until they have.
+One walker takes what is to be copied, a chunk or some in order, and starts a worker for it; the
+window bounds the bytes in flight. A worker knows the digests of the chunks that it copied whole.
+Workers belong to the job's task group, not to the walker: a pass that is interrupted leaves its
+workers to finish, and they hold their locks until they have.
 
 A worker, and why nothing is lost at any of its awaits: it holds the range lock, so no mirrored
 write is under way in the range; an unmirrored one may be, and marks its blocks again when it
@@ -17,20 +17,23 @@ import asyncio
 from collections.abc import Callable
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, ENOTCONN, EPROTONOSUPPORT, ETIMEDOUT
 
-from xxhash import xxh3_64
-
 from mirrord.core.geometry import Extent, Status, merge, runs_of, split
 from mirrord.core.pacing import TokenBucket, Window
+from mirrord.engine.digests import ChunkHasher
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.tracking import WriteTracker
 from mirrord.errors import SideError, SourceError, TargetError
 from mirrord.storage.backend import Buffer
 
-# (offset, length) of what one worker copies, in order, of one chunk.
+# (offset, length) of what one worker copies, in order.
 Runs = list[tuple[int, int]]
 
-# More in one chunk are another worker's. Only where one call takes them all (`carry_from`).
+# More are another worker's. Only where one call takes them all (`carry_from`).
 RUNS_MAX = 64
+
+# What one worker takes at most, and how far it reaches (`EngineSettings.piece_s`).
+PIECE_CHUNKS_MAX = 16
+PIECE_SPAN_CHUNKS_MAX = 64
 
 # Workers at a time. The window alone lets thousands of them go after a guest's small writes, and
 # the guest waits behind their answers. Fewer while it waits for the same target: p99 was 0.3 s for
@@ -138,7 +141,7 @@ class Copier:
         cursor = 0
         bitmap = self._tracker.bitmap
         while not self._stopped:
-            runs = bitmap.take_chunk(cursor, self._settings.chunk_bytes, self._runs_max)
+            runs = self._take(cursor)
             if not runs:
                 break
             cursor = _end(runs)
@@ -157,6 +160,30 @@ class Copier:
         await self.drained()
         return not self._stopped
 
+    def _take(self, cursor: int) -> Runs:
+        """Take what the next worker copies, of one chunk or of some.
+
+        Of one while mirroring, as mirrored writes wait for the lock; under a limit, which wants
+        small steps; and where copies go through the loop.
+        """
+        bitmap, chunk_bytes = self._tracker.bitmap, self._settings.chunk_bytes
+        runs = bitmap.take_chunk(cursor, chunk_bytes, self._runs_max)
+        chunks = min(PIECE_CHUNKS_MAX, int(self._settings.piece_s / self._window.latency_s))
+        if self._tracker.mirroring or self._bucket.rate_bytes_s or self._runs_max == 1:
+            chunks = 1
+        while runs and chunks > 1 and len(runs) < self._runs_max:
+            more = bitmap.take_chunk(_end(runs), chunk_bytes, self._runs_max - len(runs))
+            if not more or more[-1][0] - runs[0][0] > PIECE_SPAN_CHUNKS_MAX * chunk_bytes:
+                for run in more:
+                    bitmap.put_back(*run)
+                break
+            if more[0][0] == _end(runs):
+                offset, length = runs.pop()
+                more[0] = (offset, length + more[0][1])
+            runs += more
+            chunks -= 1
+        return runs
+
     async def drained(self) -> None:
         """Return once no worker is left."""
         while self._workers:
@@ -168,8 +195,8 @@ class Copier:
         loop = asyncio.get_running_loop()
         while not self._stopped:
             self._changed.clear()
-            busy = self.in_flight_bytes
-            if busy and (busy + length > self._window.bytes or self._crowded()):
+            busy = sum(map(self._at_once, self._workers.values()))
+            if busy and (busy + self._at_once(length) > self._window.bytes or self._crowded()):
                 await self._changed.wait()
                 continue
             now_s = self._clock()
@@ -184,6 +211,10 @@ class Copier:
             finally:
                 timer.cancel()
         return False
+
+    def _at_once(self, length: int) -> int:
+        """Return how much of what a worker has is in flight: it copies one chunk after another."""
+        return min(length, self._settings.chunk_bytes)
 
     def _crowded(self) -> bool:
         """Tell whether a guest's request would have to wait behind too many workers."""
@@ -213,11 +244,12 @@ class Copier:
                 bitmap.retake(*run)
             generation = tracker.generation
             started_s = self._clock()
-            digest = await self._copy(runs)
+            digests = await self._copy(runs)
             # no await below: what is decided here is what a kill finds
             length = _bytes_in(runs)
             now_s = self._clock()
-            self._window.completed(length, now_s - started_s, now_s)
+            chunks = max(1.0, length / self._settings.chunk_bytes)
+            self._window.completed(self._at_once(length), (now_s - started_s) / chunks, now_s)
             for run in runs:
                 tracker.target_wrote(*run)
             if tracker.generation == generation:
@@ -229,7 +261,7 @@ class Copier:
                     bitmap.copied(*run, in_flight)
                 equal = True
                 self.copied_bytes += length
-                self._remember(runs, digest)
+                self._remember(runs, digests)
         except (SourceError, TargetError) as error:
             self.trouble = error
             self.stop()
@@ -245,31 +277,31 @@ class Copier:
         start, end = runs[0][0], _end(runs)
         return start, max(end, start + self._tracker.bitmap.granularity)
 
-    def _remember(self, runs: Runs, digest: int | None) -> None:
+    def _remember(self, runs: Runs, found: dict[int, int]) -> None:
         digests = self._tracker.digests
         for run in runs:
             digests.forget(*run)
-        if digest is not None and self._tracker.bitmap.clean(*runs[0]):
-            digests.set(runs[0][0] // digests.chunk_bytes, digest)
+        for index, digest in found.items():
+            if self._tracker.bitmap.clean(*digests.range_of(index)):
+                digests.set(index, digest)
 
-    def _hasher(self, runs: Runs) -> xxh3_64 | None:
-        """Return a new one if the runs are a whole chunk, whose digest is wanted."""
-        digests = self._tracker.digests
-        whole = runs == [digests.range_of(runs[0][0] // digests.chunk_bytes)]
-        return xxh3_64() if self._digests and whole else None
+    def _hasher(self, runs: Runs) -> ChunkHasher | None:
+        """Return a new one if digests are wanted and some chunk is copied whole."""
+        hasher = ChunkHasher(self._tracker.digests, runs)
+        return hasher if self._digests and hasher.wanted else None
 
-    async def _copy(self, runs: Runs) -> int | None:
-        """Make the runs equal; return their digest if that is wanted and to be had."""
+    async def _copy(self, runs: Runs) -> dict[int, int]:
+        """Make the runs equal; return the digests of chunks that are wanted and to be had."""
         if not self._in_process and await self._copied_below(runs):
-            return None
+            return {}
         hasher = self._hasher(runs)
         if not await self._carried(runs, hasher):
             hasher = self._hasher(runs)  # what failed may have fed the first
             for run in runs:
                 await self._copy_here(*run, hasher)
-        return None if hasher is None else hasher.intdigest()
+        return {} if hasher is None else hasher.found
 
-    async def _carried(self, runs: Runs, hasher: xxh3_64 | None) -> bool:
+    async def _carried(self, runs: Runs, hasher: ChunkHasher | None) -> bool:
         """Have the target copy beside this loop; False where it doesn't or can't."""
         source, target = self._tracker.source, self._tracker.target
         try:
@@ -283,7 +315,7 @@ class Copier:
         self.moved_bytes += moved
         return True
 
-    async def _copy_here(self, offset: int, length: int, hasher: xxh3_64 | None) -> None:
+    async def _copy_here(self, offset: int, length: int, hasher: ChunkHasher | None) -> None:
         """Read, hash and write one run."""
         for extent in await self._extents(offset, length):
             if extent.status is Status.DATA:

@@ -11,8 +11,10 @@ Memory: 8 bytes a chunk, reserved at once and used only where something was copi
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 
 from bitarray import bitarray
+from xxhash import xxh3_64
 
 NONE = 0
 COMPARING = 1  # no digest, but nothing was written since this mark was set
@@ -80,3 +82,40 @@ class Digests:
     def restart(self) -> None:
         """Forget what was verified; digests stay."""
         self._verified.setall(0)
+
+
+class ChunkHasher:
+    """Takes the digests of those chunks that (offset, length) of a copy cover as a whole.
+
+    It is fed with every byte of the runs, in order. `found` has the digest of each chunk by then.
+    """
+
+    def __init__(self, digests: Digests, runs: Sequence[tuple[int, int]]) -> None:
+        self.found: dict[int, int] = {}
+        # (chunk, bytes) of what will come; the chunk is -1 for what belongs to none.
+        self._parts: list[tuple[int, int]] = []
+        for offset, length in runs:
+            end = offset + length
+            while offset < end:
+                index = offset // digests.chunk_bytes
+                start, whole = digests.range_of(index)
+                part = min(end, start + whole) - offset
+                self._parts.append((index if part == whole else -1, part))
+                offset += part
+        self.wanted = any(index >= 0 for index, _ in self._parts)
+        self._parts.reverse()
+        self._hash = xxh3_64()
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        """Take what comes next."""
+        view = memoryview(data)
+        while view:
+            index, left = self._parts.pop()
+            part, view = view[:left], view[left:]
+            if index >= 0:
+                self._hash.update(part)
+            if len(part) < left:
+                self._parts.append((index, left - len(part)))
+            elif index >= 0:
+                self.found[index] = self._hash.intdigest()
+                self._hash.reset()

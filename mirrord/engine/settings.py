@@ -14,6 +14,9 @@ class EngineSettings:
     # Unit of copying, verifying and digests: large enough to amortise a request, small enough
     # that a guest's write waits at most about a millisecond for the copy of its chunk.
     chunk_bytes: int = MIB
+    # A worker costs some 0.2 ms whatever it copies, so it takes some chunks that lie together, as
+    # many as it copies in so long: a guest may wait for its lock when mirroring begins.
+    piece_s: float = 0.01
     # One bit of the intent map; 1 MiB keeps the map of a 1 TiB disk at 128 KiB.
     region_bytes: int = MIB
     # Zero detection inside a chunk: the usual largest block of file systems.

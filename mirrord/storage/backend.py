@@ -23,12 +23,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-
-from xxhash import xxh3_64
+from typing import Protocol
 
 from mirrord.core.geometry import Extent
 
 Buffer = bytes | bytearray | memoryview
+
+
+class Hasher(Protocol):
+    """What is fed with the bytes of a copy."""
+
+    def update(self, data: Buffer, /) -> None: ...
 
 
 class Watch:
@@ -212,7 +217,7 @@ class Backend(ABC):
         self,
         source: Backend,
         runs: Sequence[tuple[int, int]],
-        hasher: xxh3_64 | None,
+        hasher: Hasher | None,
         watch: Watch,
     ) -> int | None:
         """Copy (offset, length) from `source` in this process, but beside its loop, if that works.

@@ -12,11 +12,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from xxhash import xxh3_64
-
 from mirrord.core.geometry import KIB, Extent, Run, Status, runs_of, split
 from mirrord.storage import durable
-from mirrord.storage.backend import Watch
+from mirrord.storage.backend import Hasher, Watch
 from mirrord.storage.holes import find_extents
 from mirrord.storage.page_cache import BUFFER_BYTES, Wake, thread_buffer
 
@@ -50,7 +48,7 @@ def carry(
     source: Side,
     target: Side,
     runs: Sequence[tuple[int, int]],
-    hasher: xxh3_64 | None,
+    hasher: Hasher | None,
     watch: Watch,
 ) -> int:
     """Make (offset, length) of the target equal to the source's; return how much wasn't zeroes.
@@ -83,7 +81,7 @@ def _extents(source: Side, offset: int, end: int) -> list[Extent]:
 
 
 def _carry_hole(
-    target: Side, offset: int, length: int, hasher: xxh3_64 | None, watch: Watch
+    target: Side, offset: int, length: int, hasher: Hasher | None, watch: Watch
 ) -> None:
     zeroes = memoryview(_ZEROES)[:length]
     if hasher is not None:
@@ -97,7 +95,7 @@ def _carry_data(
     target: Side,
     offset: int,
     length: int,
-    hasher: xxh3_64 | None,
+    hasher: Hasher | None,
     watch: Watch,
 ) -> int:
     view = thread_buffer()[:length]

@@ -31,10 +31,8 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from xxhash import xxh3_64
-
 from mirrord.core.geometry import KIB, MIB, Extent, Status, round_down, round_up, split
-from mirrord.storage.backend import Backend, Buffer, Cache, Capabilities, Identity, Watch
+from mirrord.storage.backend import Backend, Buffer, Cache, Capabilities, Hasher, Identity, Watch
 from mirrord.storage.carrying import (
     CARRY_THREADS_MAX,
     FALLOC_KEEP_SIZE,
@@ -228,7 +226,7 @@ class DescriptorBackend(Backend):
         self,
         source: Backend,
         runs: Sequence[tuple[int, int]],
-        hasher: xxh3_64 | None,
+        hasher: Hasher | None,
         watch: Watch,
     ) -> int | None:
         """Copy in a thread, from page cache to page cache, leaving both as they were.

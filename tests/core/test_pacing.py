@@ -127,6 +127,15 @@ def test_a_window_has_a_floor_and_a_ceiling() -> None:
     assert window.bytes == WINDOW_MAX_BYTES
 
 
+def test_the_latency_is_the_last_rounds() -> None:
+    window = Window(MIB)
+    for latency_s in (0.001, 0.002, 0.003):
+        window.completed(MIB, latency_s, 1.0)
+        assert window.latency_s == float("inf")
+    window.completed(MIB, 0.002, 1.0)
+    assert window.latency_s == pytest.approx(0.002)
+
+
 @pytest.mark.parametrize("lanes", [1, 4, 16, 32])
 def test_the_window_keeps_every_lane_busy_and_the_queue_short(lanes: int) -> None:
     window = Window(MIB)

@@ -40,6 +40,7 @@ SMALL = replace(
     chunk_bytes=UNIT,
     region_bytes=UNIT,
     zero_bytes=4 * KIB,
+    piece_s=0,  # faults count chunks
     checkpoint_s=NEVER_S,
     hot_checkpoints=0,
     watch_s=NEVER_S,

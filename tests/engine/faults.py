@@ -14,12 +14,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from xxhash import xxh3_64
-
 from mirrord.core.geometry import Extent
 from mirrord.core.journal import Kind
 from mirrord.engine.store import JobStore
-from mirrord.storage.backend import Backend, Buffer, Cache, Identity, Place, Watch
+from mirrord.storage.backend import Backend, Buffer, Cache, Hasher, Identity, Place, Watch
 from mirrord.storage.file import FileBackend
 
 T = TypeVar("T")
@@ -256,7 +254,7 @@ class FaultyBackend(Backend):
         self,
         source: Backend,
         runs: Sequence[tuple[int, int]],
-        hasher: xxh3_64 | None,
+        hasher: Hasher | None,
         watch: Watch,
     ) -> int | None:
         """A read of the source and a write of the target, as far as the rules are concerned."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from mirrord.core.bitmap import PAGE_BITS, PAGE_BYTES, IntentMap
 from mirrord.core.geometry import GIB, KIB, MIB, Extent, Status
 from mirrord.core.journal import Kind, parse
 from mirrord.core.migration import Event, Migration
-from mirrord.engine.digests import COMPARING, Digests
+from mirrord.engine.digests import COMPARING, ChunkHasher, Digests
 from mirrord.engine.disk import Disk
 from mirrord.engine.intents import Intents
 from mirrord.engine.interrupt import Interrupt
@@ -388,6 +392,34 @@ class TestDigests:
             assert digests.get(0) == Digests.of(value) > COMPARING
         digests.compare(1)
         assert digests.get(1) == COMPARING
+
+    @given(st.lists(st.integers(1, 40), min_size=1), st.lists(st.integers(1, 50)), st.binary())
+    def test_a_copy_is_hashed_chunk_by_chunk(
+        self, cuts: list[int], feeds: list[int], salt: bytes
+    ) -> None:
+        """`cuts` are lengths of run and gap in turn; the bytes come in pieces of `feeds`."""
+        size, chunk_bytes = 333, 16
+        content = random.Random(salt).randbytes(size)
+        runs: list[tuple[int, int]] = []
+        offset = 0
+        for number, length in enumerate(cuts):
+            length = min(length, size - offset)
+            if number % 2 == 0 and length:
+                runs.append((offset, length))
+            offset += length
+        hasher = ChunkHasher(digests := Digests(size, chunk_bytes), runs)
+        stream = b"".join(content[at : at + length] for at, length in runs)
+        for feed in [*feeds, len(stream)]:
+            hasher.update(stream[:feed])
+            stream = stream[feed:]
+        whole = {
+            index: xxh3_64_intdigest(content[at : at + length])
+            for index in range(digests.count)
+            for at, length in [digests.range_of(index)]
+            if any(start <= at and at + length <= start + count for start, count in runs)
+        }
+        assert hasher.found == whole
+        assert hasher.wanted == bool(whole)
 
     def test_one_byte(self) -> None:
         digests = Digests(1, MIB)

@@ -14,10 +14,8 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 
-from xxhash import xxh3_64
-
 from mirrord.core.geometry import Extent, Status, merge
-from mirrord.storage.backend import Backend, Buffer, Capabilities, Identity, Watch
+from mirrord.storage.backend import Backend, Buffer, Capabilities, Hasher, Identity, Watch
 from tests.sim.loop import elapse
 from tests.sim.world import World
 
@@ -296,7 +294,7 @@ class SimBackend(Backend):
         self,
         source: Backend,
         runs: Sequence[tuple[int, int]],
-        hasher: xxh3_64 | None,
+        hasher: Hasher | None,
         watch: Watch,
     ) -> int | None:
         """Half of the time: read, hash and write, as one call that may fail in the middle."""

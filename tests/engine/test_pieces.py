@@ -1,0 +1,101 @@
+"""How much one worker of the copier takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mirrord.core.geometry import MIB
+from mirrord.core.migration import Phase
+from mirrord.engine.copier import PIECE_CHUNKS_MAX, PIECE_SPAN_CHUNKS_MAX
+from mirrord.engine.recovery import Places
+from mirrord.storage.descriptor import DescriptorBackend
+from mirrord.storage.file_place import FilePlace
+from mirrord.storage.fileio import open_io
+from tests.engine.harness import QUICK, Bench, finish
+
+UNIT = 64 * 1024
+CHUNKS = 400
+SETTINGS = replace(QUICK, chunk_bytes=UNIT, zero_bytes=4096, region_bytes=MIB, piece_s=3600.0)
+Pieces = list[list[tuple[int, int]]]
+Move = Callable[..., "object"]
+
+
+@pytest.fixture
+async def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that moves a disk with some data chunks, and tells what workers took."""
+    pieces: Pieces = []
+    honest = DescriptorBackend.carry_from
+
+    async def noted(self, source, runs, hasher, watch):
+        pieces.append(list(runs))
+        return await honest(self, source, runs, hasher, watch)
+
+    monkeypatch.setattr(DescriptorBackend, "carry_from", noted)
+    io = open_io()
+
+    async def move(chunks: list[int], **options: object) -> Pieces:
+        source, target = tmp_path / "source.raw", tmp_path / "target.raw"
+        content = bytearray(CHUNKS * UNIT)
+        for chunk in chunks:
+            content[chunk * UNIT : (chunk + 1) * UNIT] = bytes([chunk % 255 + 1]) * UNIT
+        with source.open("wb") as file:
+            file.truncate(len(content))
+            for chunk in chunks:
+                file.seek(chunk * UNIT)
+                file.write(content[chunk * UNIT : (chunk + 1) * UNIT])
+        places = Places(FilePlace(str(source), io), FilePlace(str(target), io))
+        settings = options.pop("settings", SETTINGS)
+        bench = Bench(tmp_path, len(content), settings=settings, places=places)
+        disk = await bench.open()
+        job = await bench.start(**options)
+        status = await finish(job)
+        assert status.phase is Phase.DONE, status
+        assert status.verified == (options.get("verify") != "none")
+        assert target.read_bytes() == content
+        await disk.backend.close()
+        return pieces
+
+    yield move
+    await io.close()
+
+
+def chunks_of(piece: list[tuple[int, int]]) -> int:
+    return sum(length for _, length in piece) // UNIT
+
+
+@pytest.mark.parametrize("verify", ["none", "full"])
+async def test_a_worker_takes_many_chunks_once_they_are_known_to_be_quick(moved, verify) -> None:
+    pieces = await moved(list(range(CHUNKS)), verify=verify)
+    sizes = [chunks_of(piece) for piece in pieces]
+    assert sizes[0] == 1
+    assert max(sizes) == PIECE_CHUNKS_MAX
+    assert sum(sizes) == CHUNKS
+    assert max(len(piece) for piece in pieces) == 1, "neighbours are one run"
+
+
+async def test_what_lies_far_apart_is_taken_apart(moved) -> None:
+    near = list(range(0, 200, 2))
+    far = [near[-1] + PIECE_SPAN_CHUNKS_MAX + 1, near[-1] + 2 * PIECE_SPAN_CHUNKS_MAX + 2]
+    pieces = await moved([*near, *far])
+    spans = [piece[-1][0] - piece[0][0] for piece in pieces]
+    assert UNIT < max(spans) <= PIECE_SPAN_CHUNKS_MAX * UNIT
+    assert [[(chunk * UNIT, UNIT)] for chunk in far] == pieces[-2:]
+    assert sum(map(chunks_of, pieces)) == len(near) + 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "mirror"},  # a guest's mirrored write waits for the piece
+        {"limit": 1 << 40},
+        {"settings": replace(SETTINGS, piece_s=0.0)},
+    ],
+    ids=["mirroring", "limited", "slow"],
+)
+async def test_a_worker_takes_one_chunk(moved, options) -> None:
+    pieces = await moved(list(range(CHUNKS)), **options)
+    assert {chunks_of(piece) for piece in pieces} == {1}
