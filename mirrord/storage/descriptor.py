@@ -27,6 +27,7 @@ import asyncio
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -101,6 +102,7 @@ class DescriptorBackend(Backend):
         self._wake = Wake(descriptor, cached=not self._direct, by_hand=capabilities.durable_flush)
         self._other_descriptor = -1
         self._other_lock = asyncio.Lock()
+        self._lock = threading.Lock()  # of threads that copy to this
         self._carriers = ThreadPoolExecutor(CARRY_THREADS_MAX, "mirrord-carry")
         self._tasks: set[asyncio.Future[Any]] = set()
         self._users = 0  # coroutines that have a descriptor's number in hand
@@ -248,7 +250,7 @@ class DescriptorBackend(Backend):
     def _side(self) -> Side:
         ranges = FALLOC_ZERO_RANGE if self._zeroes_ranges else 0
         zeroing = FALLOC_PUNCH_HOLE if self._punches else ranges
-        return Side(self._descriptor, self._wake, zeroing, self._zero_unit)
+        return Side(self._descriptor, self._wake, self._lock, zeroing, self._zero_unit)
 
     async def _write_aligned(self, offset: int, data: Buffer, dsync: bool) -> None:
         while self._edges.locked():
