@@ -54,8 +54,9 @@ class EngineSettings:
     sample_s: float = 1.0
     # Verification walks the chunks that were written since they were compared, at most so often.
     verify_passes_max: int = 4
-    # Verification reads so many chunks at a time: two keep a disk busy while one is hashed.
-    verify_width: int = 2
+    # Verification reads so many chunks at a time. One gives 1.0 GiB/s on a virtual disk where two
+    # give 1.3, four and eight 1.7.
+    verify_width: int = 4
     # How long an activity that was told to stop may take to finish what it has in flight.
     drain_s: float = 2.0
     # How often the sizes of both sides are checked against their sizes at the start.

@@ -48,6 +48,10 @@ class Verdict:
         return f"{self.chunks} chunks are equal on both sides{busy}"
 
 
+# Chunks that are compared together: what one call costs, all of them do.
+GROUP_CHUNKS_MAX = 8
+
+
 class Verifier:
     """Compares source and target for one job."""
 
@@ -78,23 +82,18 @@ class Verifier:
     async def _walk(self) -> tuple[list[int], int]:
         mismatches: list[int] = []
         compared = cursor = 0
-        width = self._settings.verify_width
 
         async def worker() -> None:
             nonlocal compared, cursor
-            while not mismatches:
-                index = self._tracker.digests.next_unverified(cursor)
-                if index < 0:
-                    return
-                cursor = index + 1
-                if not await self._chunk(index):
-                    mismatches.append(self._tracker.digests.range_of(index)[0])
-                compared += 1
+            while not mismatches and (group := self._group(cursor)):
+                cursor = group.stop
+                mismatches.extend(await self._chunks(group))
+                compared += len(group)
 
         trouble: Exception | None = None
         try:
             async with asyncio.TaskGroup() as workers:
-                for _ in range(width):
+                for _ in range(self._settings.verify_width):
                     workers.create_task(worker())
         except* (SourceError, TargetError) as group:
             trouble = group.exceptions[0]
@@ -103,24 +102,47 @@ class Verifier:
             raise trouble
         return sorted(mismatches), compared
 
-    async def _chunk(self, index: int) -> bool:
-        """Compare one chunk; False only if it differs although nothing wrote to it meanwhile."""
+    def _group(self, cursor: int) -> range:
+        """Return the next unverified neighbours, of which all have a digest, or none."""
         digests = self._tracker.digests
-        offset, length = digests.range_of(index)
-        witness = digests.get(index) or await self._mark(index)
-        if not self._tracker.bitmap.clean(offset, length):
-            return True
-        if witness == COMPARING:
-            equal = await self._compare(offset, length)
-        else:
-            equal = Digests.of(xxh3_64_intdigest(await self._stored(offset, length))) == witness
+        first = digests.next_unverified(cursor)
+        if first < 0:
+            return range(0)
+        stop = first + 1
+        while (
+            stop < min(digests.count, first + GROUP_CHUNKS_MAX)
+            and digests.next_unverified(stop) == stop
+            and (digests.get(stop) > COMPARING) == (digests.get(first) > COMPARING)
+        ):
+            stop += 1
+        return range(first, stop)
+
+    async def _chunks(self, group: range) -> list[int]:
+        """Return the offsets of chunks that differ although nothing wrote to them meanwhile."""
+        digests, bitmap = self._tracker.digests, self._tracker.bitmap
+        witnesses: dict[int, int] = {}
+        for index in group:
+            witness = digests.get(index) or await self._mark(index)
+            if bitmap.clean(*digests.range_of(index)):
+                witnesses[index] = witness
+        equal = await self._have(
+            {index: witness for index, witness in witnesses.items() if witness != COMPARING}
+        )
+        equal |= await self._compare(
+            [i for i, witness in witnesses.items() if witness == COMPARING]
+        )
         # no await below
-        if digests.get(index) != witness or not self._tracker.bitmap.clean(offset, length):
-            return True
-        if equal:
-            digests.verified(index)
-            self.verified_bytes += length
-        return equal
+        mismatches = []
+        for index, witness in witnesses.items():
+            offset, length = digests.range_of(index)
+            if digests.get(index) != witness or not bitmap.clean(offset, length):
+                continue
+            if index in equal:
+                digests.verified(index)
+                self.verified_bytes += length
+            else:
+                mismatches.append(offset)
+        return mismatches
 
     async def _mark(self, index: int) -> int:
         """Put a mark where a digest would be, at a moment when no mirrored write is under way."""
@@ -137,13 +159,40 @@ class Verifier:
         except OSError as error:
             raise TargetError(error, "reading the target back failed", offset) from error
 
-    async def _compare(self, offset: int, length: int) -> bool:
+    async def _have(self, wanted: dict[int, int]) -> set[int]:
+        """Return the chunks of which the target has stored what the digest wants."""
+        if not wanted:
+            return set()
+        runs = [self._tracker.digests.range_of(index) for index in wanted]
+        try:
+            found = await self._tracker.asked(self._tracker.target.digests_stored(runs))
+        except OSError as error:
+            raise TargetError(error, "reading the target back failed", runs[0][0]) from error
+        if found is None:
+            found = [xxh3_64_intdigest(await self._stored(*run)) for run in runs]
+        digests = zip(wanted, map(Digests.of, found), strict=True)
+        return {index for index, digest in digests if digest == wanted[index]}
+
+    async def _compare(self, indices: list[int]) -> set[int]:
+        """Return the chunks that hold the same on both sides."""
+        if not indices:
+            return set()
+        runs = {index: self._tracker.digests.range_of(index) for index in indices}
+        offset, end = runs[indices[0]][0], sum(runs[indices[-1]])
+        if len(indices) > 1 and await self._both_hole(offset, end - offset):
+            return set(indices)
+        return {index for index, run in runs.items() if await self._same(*run)}
+
+    async def _both_hole(self, offset: int, length: int) -> bool:
         source, target = self._tracker.source, self._tracker.target
-        if await _all_hole(source, offset, length) and await _all_hole(target, offset, length):
+        return await _all_hole(source, offset, length) and await _all_hole(target, offset, length)
+
+    async def _same(self, offset: int, length: int) -> bool:
+        if await self._both_hole(offset, length):
             return True
         stored = await self._stored(offset, length)
         try:
-            data = await source.read_once(offset, length)
+            data = await self._tracker.source.read_once(offset, length)
         except OSError as error:
             raise SourceError(error, "read of the source failed", offset) from error
         return bytes(stored) == bytes(data)

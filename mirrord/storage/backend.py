@@ -198,6 +198,13 @@ class Backend(ABC):
         """
         return await self.read(offset, length)
 
+    async def digests_stored(self, runs: Sequence[tuple[int, int]]) -> list[int] | None:
+        """Return the XXH3-64 of what `read_stored` would read of each (offset, length).
+
+        None where nothing is won by it.
+        """
+        return None
+
     async def write_once(self, offset: int, data: Buffer) -> None:
         """Write as `write` does what nobody is expected to want again soon.
 

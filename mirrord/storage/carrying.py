@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from xxhash import xxh3_64
+
 from mirrord.core.geometry import KIB, Extent, Run, Status, runs_of, split
 from mirrord.storage import durable
 from mirrord.storage.backend import Hasher, Watch
@@ -78,6 +80,20 @@ def carry(
                         _carry_hole(target, at, count, hasher, watch)
             offset = extents[-1].end
     return moved
+
+
+def digests(descriptor: int, runs: Sequence[tuple[int, int]]) -> list[int]:
+    """Read each run, whose ends suit the descriptor, and return their XXH3-64. Blocks."""
+    found = []
+    for offset, length in runs:
+        hasher = xxh3_64()
+        for at, count in split(offset, length, BUFFER_BYTES):
+            view = thread_buffer()[:count]
+            if os.preadv(descriptor, (view,), at) != count:
+                raise OSError(errno.EIO, "less was read than is there")
+            hasher.update(view)
+        found.append(hasher.intdigest())
+    return found
 
 
 def _extents(source: Side, offset: int, end: int) -> list[Extent]:

@@ -42,8 +42,9 @@ from mirrord.storage.carrying import (
     ONCE_BYTES_MIN,
     Side,
     carry,
+    digests,
 )
-from mirrord.storage.fileio import FileIo
+from mirrord.storage.fileio import FileIo, outcome
 from mirrord.storage.memory_pool import (
     PAGE_BYTES,
     PIECE_BYTES_MAX,
@@ -154,6 +155,16 @@ class DescriptorBackend(Backend):
             return await self.read(offset, length)
         return await self._use(self._read_stored(offset, length))
 
+    async def digests_stored(self, runs: Sequence[tuple[int, int]]) -> list[int] | None:
+        """Read past the page cache in a thread, and hash there."""
+        direct = self._descriptor if self._direct else await self._other()
+        for offset, length in runs:
+            if (offset | length) % self._unit or offset + length > self._direct_end:
+                return None
+        if direct < 0:
+            return None
+        return await outcome(self._carriers.submit(digests, direct, runs), self.lend_to)
+
     async def _read_stored(self, offset: int, length: int) -> Buffer:
         if await self._other() >= 0:
             return await self._read_past(offset, length)
@@ -238,14 +249,7 @@ class DescriptorBackend(Backend):
         if not isinstance(source, DescriptorBackend) or self._direct or source._direct:
             return None
         work = self._carriers.submit(carry, source._side(), self._side(), runs, hasher, watch)
-        carrying = asyncio.wrap_future(work)
-        self.lend_to(carrying)
-        source.lend_to(carrying)
-        try:
-            return await asyncio.shield(carrying)
-        except asyncio.CancelledError:
-            work.cancel()  # what no thread has begun; the rest ends by itself
-            raise
+        return await outcome(work, self.lend_to, source.lend_to)
 
     def _side(self) -> Side:
         ranges = FALLOC_ZERO_RANGE if self._zeroes_ranges else 0

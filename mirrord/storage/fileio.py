@@ -22,7 +22,7 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from mirrord.storage import durable
@@ -238,6 +238,21 @@ class ThreadIo(FileIo):
 
         future.add_done_callback(ended)
         return await asyncio.shield(future)
+
+
+async def outcome(work: Future[T], *lend_to: Callable[[asyncio.Future[T]], None]) -> T:
+    """Return what a thread comes to. Each of `lend_to` is told what its descriptor waits for.
+
+    A caller that is cancelled stops what no thread has begun; the rest ends by itself.
+    """
+    working = asyncio.wrap_future(work)
+    for lend in lend_to:
+        lend(working)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        work.cancel()
+        raise
 
 
 def open_io(choice: str = "auto") -> FileIo:

@@ -244,6 +244,11 @@ class FaultyBackend(Backend):
             "read_stored", lambda: self.inner.read_stored(offset, length), offset
         )
 
+    async def digests_stored(self, runs: Sequence[tuple[int, int]]) -> list[int] | None:
+        return await self.faults.call(
+            "read_stored", lambda: self.inner.digests_stored(runs), runs[0][0]
+        )
+
     async def copy_from(self, source: Backend, offset: int, length: int) -> bool:
         inner = source.inner if isinstance(source, FaultyBackend) else source
         return await self.faults.call(

@@ -14,6 +14,8 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 
+from xxhash import xxh3_64_intdigest
+
 from mirrord.core.geometry import Extent, Status, merge
 from mirrord.storage.backend import Backend, Buffer, Capabilities, Hasher, Identity, Watch
 from tests.sim.loop import elapse
@@ -170,6 +172,12 @@ class SimBackend(Backend):
 
     async def read(self, offset: int, length: int) -> Buffer:
         return await self._read(offset, length, "read", stored=False)
+
+    async def digests_stored(self, runs: Sequence[tuple[int, int]]) -> list[int] | None:
+        """Half of the time: read one after another."""
+        if self.world.random() < 0.5:
+            return None
+        return [xxh3_64_intdigest(await self.read_stored(*run)) for run in runs]
 
     async def read_stored(self, offset: int, length: int) -> Buffer:
         return await self._read(offset, length, "read", stored=True)

@@ -256,3 +256,29 @@ async def test_a_full_target_is_an_error(
         await target.carry_from(source, [(0, 60 * MIB)], None, NEVER)
     await source.close()
     await target.close()
+
+
+async def test_what_is_stored_is_hashed_past_the_cache(
+    system: tuple[str, Path], some_io: FileIo
+) -> None:
+    kind, where = system
+    content = pattern(3 * MIB + 5)
+    path = make_file(where / "disk", content)
+    backend = await open_file(path, some_io)
+    await backend.flush()
+    runs = [(0, MIB), (MIB, 2 * MIB)]
+    found = await backend.digests_stored(runs)
+    if kind == "tmpfs" and linux() < (6, 6):  # nothing is past it
+        assert found is None
+    else:
+        assert found == [xxh3_64_intdigest(content[at : at + length]) for at, length in runs]
+    assert await backend.digests_stored([(3 * MIB, 5)]) is None  # no whole block: read by the page
+    await backend.close()
+
+
+async def test_a_file_that_became_shorter_has_no_digest(sides, tmp_path) -> None:
+    _, source, _ = sides
+    os.truncate(tmp_path / "source", MIB)
+    with pytest.raises(OSError, match="less") as caught:
+        await source.digests_stored([(0, 2 * MIB)])
+    assert caught.value.errno == errno.EIO
