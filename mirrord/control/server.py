@@ -9,12 +9,13 @@ status, and an error becomes `{"code": …, "message": …}`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -29,6 +30,7 @@ from mirrord.control.messages import (
     MoveRequest,
     Problem,
 )
+from mirrord.control.operations import OPERATIONS, STEERING, openapi
 from mirrord.control.sockets import peer
 from mirrord.errors import MirrordError, RefusedError, UsageError
 
@@ -42,10 +44,13 @@ BODY_DEADLINE_S = 10.0
 CONNECTIONS_MAX = 256
 # A connection without a request is closed after this.
 IDLE_S = 30.0
+# Progress is told so often, and that there is none so often.
+EVENTS_S = 1.0
+HEARTBEAT_S = 15.0
+# https://prometheus.io/docs/instrumenting/exposition_formats/
+METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # A daemon that ends gives requests under way so long.
 SHUTDOWN_S = 2.0
-
-STEERING = ("pause", "resume", "cancel", "cutover")
 
 Request = TypeVar("Request", AttachRequest, MoveRequest, LimitRequest, CredentialTestRequest)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -67,6 +72,8 @@ class Api(Protocol):
     async def steer(self, job_id: str, verb: str) -> Job: ...
     async def limit(self, job_id: str, request: LimitRequest) -> Job: ...
     async def test_credential(self, request: CredentialTestRequest) -> CredentialTest: ...
+    async def job_changed(self, within_s: float) -> None: ...
+    async def metrics(self) -> bytes: ...
 
 
 class ControlServer:
@@ -84,16 +91,8 @@ class ControlServer:
 
     def _routes(self) -> list[web.RouteDef]:
         return [
-            web.get("/v1/disks", self._disks, allow_head=False),
-            web.post("/v1/disks", self._attach),
-            web.get("/v1/disks/{name}", self._disk, allow_head=False),
-            web.delete("/v1/disks/{name}", self._detach),
-            web.post("/v1/disks/{name}/move", self._move),
-            web.post("/v1/credential-test", self._test_credential),
-            web.get("/v1/jobs", self._jobs, allow_head=False),
-            web.get("/v1/jobs/{id}", self._job, allow_head=False),
-            web.patch("/v1/jobs/{id}", self._limit),
-            web.post("/v1/jobs/{id}/{verb:" + "|".join(STEERING) + "}", self._steer),
+            web.route(each.method, _pattern(each.path), getattr(self, f"_{each.name}"))
+            for each in OPERATIONS
         ]
 
     async def start(self, group: asyncio.TaskGroup) -> None:
@@ -160,6 +159,49 @@ class ControlServer:
     async def _steer(self, request: web.Request) -> web.Response:
         info = request.match_info
         return _answer(await self._api.steer(info["id"], info["verb"]))
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        return _answer(openapi())
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(
+            body=await self._api.metrics(), headers={"Content-Type": METRICS_CONTENT_TYPE}
+        )
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        """Tell of the moves that are under way, and of each that changes, until the client goes."""
+        disk = request.query.get("disk")
+        jobs = await self._api.jobs(disk)
+        told = {job.id: job for job in jobs if job.ended_already}
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        )
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionResetError):  # the client has gone
+            await self._tell(response, disk, jobs, told)
+        return response
+
+    async def _tell(
+        self, response: web.StreamResponse, disk: str | None, jobs: list[Job], told: dict[str, Job]
+    ) -> NoReturn:
+        """Write what is not `told` yet, for ever. Raises ConnectionResetError."""
+        quiet_s = 0.0
+        while True:
+            news = [job for job in jobs if told.get(job.id) != job]
+            told = {job.id: job for job in jobs}
+            for job in reversed(news):  # the oldest first
+                data = msgspec.json.encode(job)
+                await response.write(b"event: job\nid: %s\ndata: %s\n\n" % (job.id.encode(), data))
+            quiet_s = 0.0 if news else quiet_s + EVENTS_S
+            if quiet_s >= HEARTBEAT_S:
+                await response.write(b":\n\n")  # a comment: who has gone is noticed
+                quiet_s = 0.0
+            await self._api.job_changed(EVENTS_S)
+            jobs = await self._api.jobs(disk)
+
+
+def _pattern(path: str) -> str:
+    return path.replace("{verb}", "{verb:" + "|".join(STEERING) + "}")
 
 
 def _not_admitted(connection: socket.socket, connections: int) -> Problem | None:

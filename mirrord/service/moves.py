@@ -15,6 +15,7 @@ the one coroutine that set it. A process that dies during a start leaves the ans
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import uuid
@@ -81,6 +82,18 @@ class Moves:
         self._process_of = process_of
         self._moves: dict[str, Move] = {}
         self._damaged: dict[str, DamagedError] = {}
+        self._news = asyncio.Event()
+
+    async def changed(self, within_s: float) -> None:
+        """Return when a job has changed its phase, or after `within_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._news.wait()
+
+    def _tell(self) -> None:
+        """Wake those who wait for a change now."""
+        self._news.set()
+        self._news = asyncio.Event()
 
     async def load(self) -> None:
         """Read every job. One that is damaged is told of when asked for, and stops nobody."""
@@ -315,6 +328,7 @@ class Moves:
             return
         if job.phase != move.job.phase:
             log.info("job changed %s", fields(job=job.id, disk=job.disk, phase=job.phase))
+            self._tell()
         move.job = job
         move.standing = "unfinished"
         if job.ended_already:
@@ -339,6 +353,7 @@ class Moves:
         move.standing = "ended"
         log.info("job changed %s", fields(job=move.record.id, phase=phase, reason=reason))
         self._record_end(move)
+        self._tell()
         self.kick()
 
     async def steer(self, job_id: str, verb: str) -> Job:

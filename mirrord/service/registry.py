@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 
 import msgspec
 
@@ -28,7 +29,7 @@ from mirrord.control.snippets import nbd_uri, snippets
 from mirrord.control.sockets import check_socket_path
 from mirrord.core.units import check_name
 from mirrord.errors import DamagedError, MirrordError, RefusedError
-from mirrord.service import share_test, state
+from mirrord.service import metrics, share_test, state
 from mirrord.service.config import Config
 from mirrord.service.logs import fields
 from mirrord.service.moves import Moves
@@ -324,6 +325,19 @@ class Registry:
     async def test_credential(self, request: CredentialTestRequest) -> CredentialTest:
         """Try a share's settings in a process of its own. Raises UsageError, RefusedError."""
         return await share_test.ask(request.location, self._config.smb)
+
+    async def job_changed(self, within_s: float) -> None:
+        """Return when a job has changed its phase, or after `within_s`."""
+        await self._moves.changed(within_s)
+
+    async def metrics(self) -> bytes:
+        """Return what is counted, in the text format of Prometheus."""
+        pids = {"": os.getpid()}
+        for name, attached in self._disks.items():
+            if attached.process is not None and attached.process.pid is not None:
+                pids[name] = attached.process.pid
+        disks, jobs = await self.disks(), await self._moves.jobs(None)
+        return await asyncio.to_thread(metrics.render, disks, jobs, pids)
 
     async def jobs(self, disk: str | None) -> list[Job]:
         """Return all jobs, or a disk's, newest first."""

@@ -12,26 +12,41 @@ import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
+import openapi_spec_validator
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
+import mirrord
 from mirrord.control import server
 from mirrord.control.messages import (
     AttachRequest,
+    CredentialTest,
+    CredentialTestRequest,
     Disk,
     Job,
     LimitRequest,
     MoveRequest,
     Uris,
 )
+from mirrord.control.operations import OPERATIONS, STEERING, openapi
 from mirrord.control.server import BODY_BYTES_MAX, ControlServer
 from mirrord.control.sockets import Access, listen
 from mirrord.errors import DamagedError, MirrordError, RefusedError
+from tests.helpers import eventually_async
 
 DISK = Disk(
     name="vm", state="serving", reason=None, location="/vm.raw", size=1, read_only=False,
     cache="writeback", uris=Uris("nbd:"), clients=0, job=None,
+)  # fmt: skip
+CREDENTIAL = CredentialTest(
+    location="smb://v/s", server="v", user=None, dialect="3.1.1", signing="required",
+    encryption="required", weaknesses=[], channels=1, addresses=[], multichannel=False,
+    continuously_available=False, read_bytes_max=1, write_bytes_max=1, writable=True,
 )  # fmt: skip
 JOB = Job(id="1", disk="vm", phase="copying", source="/vm.raw", target="/x.raw")
 
@@ -42,6 +57,8 @@ class FakeApi:
     def __init__(self) -> None:
         self.asked: list[Any] = []
         self.trouble: Exception | None = None
+        self.listed = [JOB]
+        self.change = asyncio.Event()
 
     def _answer(self, value: Any, *asked: Any) -> Any:
         self.asked.append(asked)
@@ -65,7 +82,7 @@ class FakeApi:
         return self._answer(JOB, "move", name, request)
 
     async def jobs(self, disk: str | None) -> list[Job]:
-        return self._answer([JOB], "jobs", disk)
+        return self._answer(self.listed, "jobs", disk)
 
     async def job(self, job_id: str) -> Job:
         return self._answer(JOB, "job", job_id)
@@ -76,6 +93,17 @@ class FakeApi:
     async def limit(self, job_id: str, request: LimitRequest) -> Job:
         return self._answer(JOB, "limit", job_id, request)
 
+    async def test_credential(self, request: CredentialTestRequest) -> CredentialTest:
+        return self._answer(CREDENTIAL, "test_credential", request)
+
+    async def job_changed(self, within_s: float) -> None:
+        self._answer(None, "changed")
+        await self.change.wait()
+        self.change.clear()
+
+    async def metrics(self) -> bytes:
+        return self._answer(b"metric 1\n", "metrics")
+
 
 class Served:
     """A control server on a fake, and requests to it."""
@@ -84,13 +112,20 @@ class Served:
         self.api = FakeApi()
         self.path = path
 
-    async def ask(
-        self, method: str, path: str, body: bytes | None = None
-    ) -> tuple[int, dict[str, Any]]:
-        """Make one request; return status and document."""
-        return await asyncio.to_thread(self._ask, method, path, body)
+    async def tell_news(self, times: int) -> None:
+        """Change the job; fail when nobody takes notice of it."""
+        for number in range(times):
+            self.api.listed = [msgspec.structs.replace(JOB, passes=number + 1)]
+            self.api.change.set()
+            await eventually_async(lambda: not self.api.change.is_set(), 0.5)
 
-    def _ask(self, method: str, path: str, body: bytes | None) -> tuple[int, dict[str, Any]]:
+    async def ask(
+        self, method: str, path: str, body: bytes | None = None, *, any_type: bool = False
+    ) -> tuple[int, Any]:
+        """Make one request; return status and document (with `any_type` that may be text)."""
+        return await asyncio.to_thread(self._ask, method, path, body, any_type)
+
+    def _ask(self, method: str, path: str, body: bytes | None, any_type: bool) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("localhost", timeout=10)
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.connect(str(self.path))
@@ -98,6 +133,8 @@ class Served:
             with contextlib.suppress(BrokenPipeError):  # turned away before it was read
                 connection.request(method, path, body)
             response = connection.getresponse()
+            if any_type and response.getheader("Content-Type", "").startswith("text/plain"):
+                return response.status, response.read()
             assert response.getheader("Content-Type") in (
                 "application/json", "application/json; charset=utf-8",
             )  # fmt: skip
@@ -274,3 +311,134 @@ async def test_garbage_ends_one_connection_only(served: Served) -> None:
     assert b" 400 " in await asyncio.wait_for(reader.readline(), 5)
     writer.close()
     assert (await served.ask("GET", "/v1/disks"))[0] == 200
+
+
+class Events:
+    """A client of `/v1/events`."""
+
+    def __init__(self, path: Path, query: str = "") -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(10)
+        self._socket.connect(str(path))
+        self._socket.sendall(f"GET /v1/events{query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        self._file = self._socket.makefile("rb")
+        self.head = [line.strip() for line in iter(self._file.readline, b"\r\n")]
+
+    def _lines(self) -> list[bytes]:
+        """Return the lines of one chunk."""
+        length = int(self._file.readline(), 16)
+        data = self._file.read(length + 2)
+        return data.strip().split(b"\n")
+
+    def next(self) -> dict[str, Any] | None:
+        """Return the next event's data, None for a comment."""
+        lines = self._lines()
+        if lines == [b":"]:
+            return None
+        kind, identity, data = lines
+        assert kind == b"event: job"
+        document: dict[str, Any] = json.loads(data.removeprefix(b"data: "))
+        assert identity == b"id: " + document["id"].encode()
+        return document
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+
+async def test_events_tell_what_changes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEARTBEAT_S", 2 * server.EVENTS_S)
+    old = msgspec.structs.replace(JOB, id="0", phase="done")
+    served.api.listed = [JOB, old]
+    events = await asyncio.to_thread(Events, served.path, "?disk=vm")
+    assert b"Content-Type: text/event-stream" in events.head
+    first = await asyncio.to_thread(events.next)
+    assert first == msgspec.to_builtins(JOB), "what has ended before is no news"
+    for phase in ("mirroring", "done"):
+        served.api.listed = [msgspec.structs.replace(JOB, phase=phase), old]
+        served.api.change.set()
+        changed = await asyncio.to_thread(events.next)
+        assert changed is not None
+        assert (changed["id"], changed["phase"]) == ("1", phase)
+    for _ in range(4):
+        served.api.change.set()
+        await eventually_async(lambda: not served.api.change.is_set())
+    assert await asyncio.to_thread(events.next) is None, "a sign of life"
+    assert set(served.api.asked) == {("jobs", "vm"), ("changed",)}
+    events.close()
+
+
+async def test_a_listener_that_goes_is_forgotten(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    events = await asyncio.to_thread(Events, served.path)
+    await eventually_async(lambda: ("changed",) in served.api.asked)
+    events.close()
+    with pytest.raises(pytest.fail.Exception):  # nobody waits for news any more
+        await served.tell_news(5)  # the first writes may still succeed
+    assert not caplog.records
+
+
+async def test_metrics(served: Served) -> None:
+    connection = http.client.HTTPConnection("localhost", timeout=10)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(served.path))
+    await asyncio.to_thread(connection.request, "GET", "/metrics")
+    response = await asyncio.to_thread(connection.getresponse)
+    assert response.getheader("Content-Type") == "text/plain; version=0.0.4; charset=utf-8"
+    assert response.read() == b"metric 1\n"
+    connection.close()
+
+
+async def test_what_is_documented_is_what_there_is(served: Served) -> None:
+    status, document = await served.ask("GET", "/v1/openapi.json")
+    assert status == 200
+    openapi_spec_validator.validate(document)
+    assert document["info"]["version"] == mirrord.__version__
+    for path, methods in document["paths"].items():
+        for method in methods:
+            if path == "/v1/events":
+                continue
+            real = path.replace("{verb}", "pause").replace("{name}", "vm").replace("{id}", "1")
+            status, _ = await served.ask(method.upper(), real, b"[]", any_type=True)
+            assert status in (200, 201, 202, 400), (method, path)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["name", "location", "target", "limit", "mode", "verify", "cache", "wipe"]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+async def test_whatever_is_sent_the_answer_is_documented(served: Served, data: Any) -> None:
+    """The status, and a document that fits its schema."""
+    document = openapi()
+    each = data.draw(
+        st.sampled_from([o for o in OPERATIONS if o.name not in ("events", "metrics")])
+    )
+    word = st.text(st.characters(codec="ascii", exclude_characters="/?#%\\{}"), min_size=1)
+    path = each.path.replace("{verb}", data.draw(st.sampled_from(STEERING)))
+    for name in ("name", "id"):
+        path = path.replace(f"{{{name}}}", quote(data.draw(word), safe=""))
+    for name in each.query:
+        path += f"?{name}=" + quote(data.draw(st.sampled_from(["true", "false", "", "x y"])))
+    body = data.draw(st.none() | JSON_VALUES.map(lambda value: json.dumps(value).encode()))
+    status, answer = await served.ask(each.method, path, body)
+    responses = document["paths"][each.path][each.method.lower()]["responses"]
+    response = responses.get(str(status)) or responses[f"{status // 100}XX"]
+    schema = response["content"]["application/json"]["schema"]
+    Draft202012Validator(schema | {"components": document["components"]}).validate(answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -28,6 +29,7 @@ def tour_script() -> str:
 
 def test_the_tour_works(tmp_path: Path) -> None:
     require_program("qemu-system-x86_64")
+    require_program("curl")
     # unix sockets need short paths: the tour runs in a folder of its own below /tmp
     folder = tmp_path
     (folder / ".venv").symlink_to(ROOT / ".venv")
@@ -44,8 +46,11 @@ def test_the_tour_works(tmp_path: Path) -> None:
         printed = log.read_text()
         assert done.returncode == 0, printed
         assert not (folder / "tour" / "ssd" / "vm.raw").exists(), printed
-        assert (folder / "tour" / "hdd" / "vm.raw").stat().st_size == 2 << 30
+        assert not (folder / "tour" / "hdd" / "vm.raw").exists(), printed
+        assert (folder / "tour" / "ssd" / "back.raw").stat().st_size == 2 << 30
         assert "tour/hdd/vm.raw" in printed
+        assert json.loads((folder / "tour" / "openapi.json").read_text())["openapi"] == "3.1.0"
+        assert 'mirrord_disk_state{disk="vm",state="serving"} 1.0' in printed
     finally:
         for pid in processes_naming(str(folder)):
             kill_and_wait(pid)
