@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -22,6 +23,10 @@ REALLY_MISSING: dict[str, Callable[[], bool]] = {
     NEEDS_LOOP: lambda: not have_loop_devices(),
     NEEDS_URING: lambda: not have_io_uring(),
 }
+
+
+# A suite that was started in the background ignores SIGINT, and so would the programs it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Recorder(logging.Handler):

@@ -21,6 +21,7 @@ from mirrord.service.shares import SectionError, ShareConfig, check_sections, en
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Mode = Annotated[str, msgspec.Meta(pattern="^0?[0-7]{3}$")]
+Command = list[str]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -48,6 +49,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nbd_socket_group: str | None = None
     max_moves: Positive | None = None  # moves at once; None is unlimited
     verify: VerifyMode = "full"  # of a move that doesn't say
+    on_done: Command = []  # run when a move is done, with its JSON on standard input
+    on_failed: Command = []
+    keep_jobs: Positive = 1000  # ended ones that are remembered: so many, and so long
+    keep_jobs_days: Positive = 3650
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     nbd: NbdConfig = NbdConfig()
     smb: dict[str, ShareConfig] = {}  # by host/share; what isn't here is never connected to
@@ -125,6 +130,7 @@ def read_config(path: Path | None) -> Config:
     try:
         config = msgspec.toml.decode(text, type=Config)
         check_sections(config.smb)
+        _check_programs(file, text.decode(), config)
         return config
     except SectionError as error:
         line = _line_of_section(text.decode(), error.section)
@@ -133,6 +139,21 @@ def read_config(path: Path | None) -> Config:
         raise UsageError(_explain(file, text.decode(), str(error))) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not TOML: {error}") from error
+
+
+def _check_programs(file: Path, text: str, config: Config) -> None:
+    """Refuse what could never be run: it would be noticed when it is needed."""
+    for key in ("on_done", "on_failed"):
+        command: list[str] = getattr(config, key)
+        if command and not _can_run(command[0]):
+            raise UsageError(
+                f"{file}{_line_of(text, key)}: {key}: {command[0]} is no program: give the "
+                "absolute path of one that may be executed"
+            )
+
+
+def _can_run(program: str) -> bool:
+    return program.startswith("/") and "\0" not in program and os.access(program, os.X_OK)
 
 
 def _explain(file: Path, text: str, error: str) -> str:

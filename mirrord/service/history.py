@@ -29,8 +29,7 @@ from mirrord.service.state import (
     write_record,
 )
 
-# Ended jobs that are remembered: years of moves of one host, and a listing that stays quick.
-ENDED_JOBS_MAX = 1000
+_DAYS_MAX = 365_000  # a date before year 1 is none
 
 Standing = Literal["queued", "unfinished", "ended"]
 
@@ -42,6 +41,7 @@ class Entry:
     record: JobRecord
     standing: Standing
     job: Job
+    recorded: bool = False  # ended, and a daemon has taken note of that
 
 
 def read_job(directories: Directories, job_id: str) -> Entry:
@@ -54,7 +54,7 @@ def read_job(directories: Directories, job_id: str) -> Entry:
     if record.id != job_id:
         raise DamagedError(f"{directory / 'job.json'} is damaged: it names job {record.id}")
     with contextlib.suppress(FileNotFoundError):
-        return Entry(record, "ended", read_record(directory / "ended.json", Job))
+        return Entry(record, "ended", read_record(directory / "ended.json", Job), recorded=True)
     outcome = read_outcome(directory / "log")
     if outcome.state is journal.State.EMPTY:
         return Entry(record, "queued", record.as_job())
@@ -147,10 +147,16 @@ def write_ended(directories: Directories, job: Job) -> None:
         os.truncate(log, journal.CAPACITY_BYTES)  # the same bytes, the zeroes as a hole
 
 
-def drop_oldest(directories: Directories, ended: list[Job]) -> list[str]:
-    """Forget the oldest ended jobs above the limit; return their ids."""
+def drop_old(directories: Directories, ended: list[Job], keep: int, days: int) -> list[str]:
+    """Forget ended jobs above a number or an age, but never the last one; return their ids."""
+    age = datetime.timedelta(days=min(days, _DAYS_MAX))
+    oldest = datetime.datetime.now(datetime.UTC) - age
     by_age = sorted(ended, key=lambda job: job.created or "")
-    surplus = [job.id for job in by_age[: max(0, len(by_age) - ENDED_JOBS_MAX)]]
+    surplus = [
+        job.id
+        for number, job in enumerate(reversed(by_age))
+        if number >= keep or (number and (job.ended or job.created or "") < oldest.isoformat())
+    ]
     for job_id in surplus:
         forget_job(directories, job_id)
     return surplus

@@ -29,6 +29,7 @@ from mirrord.errors import DamagedError, MirrordError, RefusedError
 from mirrord.service import history, scheduler, state
 from mirrord.service.config import Config
 from mirrord.service.logs import fields
+from mirrord.service.notify import Notifier
 from mirrord.service.places import same_location
 from mirrord.service.state import Directories, JobRecord
 
@@ -83,6 +84,7 @@ class Moves:
         self._moves: dict[str, Move] = {}
         self._damaged: dict[str, DamagedError] = {}
         self._news = asyncio.Event()
+        self._notifier = Notifier(config, group)
 
     async def changed(self, within_s: float) -> None:
         """Return when a job has changed its phase, or after `within_s`."""
@@ -104,7 +106,9 @@ class Moves:
                 self._damaged[job_id] = error
                 log.error("job damaged %s", fields(job=job_id, reason=error))
                 continue
-            self._moves[job_id] = Move(entry.record, entry.job, entry.standing)
+            move = self._moves[job_id] = Move(entry.record, entry.job, entry.standing)
+            if entry.standing == "ended" and not entry.recorded:  # while no daemon was there
+                self._record_end(move)
 
     async def jobs(self, disk: str | None) -> list[Job]:
         """Return all jobs, or a disk's, newest first."""
@@ -338,10 +342,12 @@ class Moves:
 
     def _record_end(self, move: Move) -> None:
         """Write the outcome down for the next daemon. Failing is harmless: the journal has it."""
+        self._notifier.ended(move.job)
         try:
             history.write_ended(self._directories, move.job)
             ended = [each.job for each in self._moves.values() if each.standing == "ended"]
-            for job_id in history.drop_oldest(self._directories, ended):
+            keep, days = self._config.keep_jobs, self._config.keep_jobs_days
+            for job_id in history.drop_old(self._directories, ended, keep, days):
                 del self._moves[job_id]
         except (OSError, MirrordError) as error:
             log.warning("outcome not written %s", fields(job=move.record.id, error=error))

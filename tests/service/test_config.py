@@ -90,3 +90,13 @@ def test_the_places_of_root_and_of_others(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(config.default_config_file()) == "/c/mirrord/mirrord.toml"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert str(config.default_runtime_dir()) == "/tmp/mirrord-1000/mirrord"
+
+
+@pytest.mark.parametrize("program", ["tell", "/etc/passwd", "/nowhere/tell", "/tmp/\0"])
+def test_a_program_that_can_not_be_run_is_refused(tmp_path: Path, program: str) -> None:
+    file = tmp_path / "mirrord.toml"
+    file.write_text(f"verify = 'none'\non_failed = [{json.dumps(program)}, 'x']\n")
+    with pytest.raises(UsageError, match=r"mirrord.toml, line 2: .*on_failed"):
+        read_config(file)
+    file.write_text("on_done = ['/bin/true', '--quietly']\n")
+    assert read_config(file).on_done == ["/bin/true", "--quietly"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,7 +150,7 @@ def test_an_ended_job_is_reduced_to_its_outcome(directories: Directories) -> Non
     assert sorted(file.name for file in directory.iterdir()) == ["ended.json", "job.json", "log"]
     assert (directory / "log").read_bytes() == log
     assert (directory / "log").stat().st_blocks * 512 < 64 << 10
-    assert history.read_job(directories, "1") == entry
+    assert history.read_job(directories, "1") == replace(entry, recorded=True)
     (directory / "ended.json").unlink()
     assert history.read_job(directories, "1") == entry, "it is derived"
 
@@ -198,20 +200,33 @@ def test_whom_a_damaged_job_concerns(directories: Directories, tmp_path: Path) -
     assert not history.concerns(directories, "1", disk["source"]), "it never began"
 
 
-def test_the_oldest_ended_jobs_are_forgotten(
-    directories: Directories, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("keep", "days", "kept"),
+    [
+        (3, 10**6, ["2", "3", "4"]),
+        (1, 10**6, ["4"]),
+        (9, 10**6, ["1", "2", "3", "4"]),
+        (9, 150, ["3", "4"]),
+        (9, 1, ["4"]),  # the last one stays, however old
+    ],
+)
+def test_old_ended_jobs_are_forgotten(
+    directories: Directories, keep: int, days: int, kept: list[str]
 ) -> None:
-    monkeypatch.setattr(history, "ENDED_JOBS_MAX", 2)
     jobs = []
-    for number in (3, 1, 2):
+    today = datetime.datetime.now(datetime.UTC)
+    for number in (3, 1, 4, 2):
         directories.job(str(number)).mkdir()
+        moment = today - datetime.timedelta(days=400 - 90 * number)  # 310, 220, 130, 40 days ago
         jobs.append(
             Job(id=str(number), disk="vm", phase="done", source="/a", target="/b",
-                created=f"2026-01-0{number}")
+                created=moment.isoformat(), ended=moment.isoformat())
         )  # fmt: skip
-    assert history.drop_oldest(directories, jobs) == ["1"]
-    assert directories.job_ids() == ["2", "3"]
-    assert history.drop_oldest(directories, jobs[:1]) == []
+    forgotten = history.drop_old(directories, jobs, keep, days)
+    assert sorted(forgotten) == sorted({"1", "2", "3", "4"} - set(kept))
+    assert directories.job_ids() == kept
+    left = [job for job in jobs if job.id in kept]
+    assert history.drop_old(directories, left, keep, days) == []
 
 
 def test_what_the_engine_says_becomes_what_users_see() -> None:

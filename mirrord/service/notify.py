@@ -1,0 +1,83 @@
+"""Programs that are run when a move has ended: `on_done` and `on_failed` of the configuration.
+
+A program gets the job's JSON on its standard input, as `mirrord job ID --json` prints it. It runs
+as the daemon does, with its restrictions, and is given a while; how it fails is logged, and is
+nobody else's affair. It is run once for each job. A daemon that was away when the job ended does it
+when it is back; one that is killed while a program runs leaves it to end, and doesn't run it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+
+import msgspec
+
+from mirrord.control.messages import Job
+from mirrord.service.config import Config
+from mirrord.service.logs import fields
+
+log = logging.getLogger(__name__)
+
+# A program that reports somewhere; longer, and it hangs.
+DEADLINE_S = 60.0
+# Many moves may end together.
+PROGRAMS_MAX = 4
+# What is logged of what a failed program said last.
+TOLD_BYTES_MAX = 500
+
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C"}
+
+
+class Notifier:
+    """Runs the programs. Its tasks belong to `group`, and never raise."""
+
+    def __init__(self, config: Config, group: asyncio.TaskGroup) -> None:
+        self._commands = {"done": config.on_done, "failed": config.on_failed}
+        self._group = group
+        self._places = asyncio.Semaphore(PROGRAMS_MAX)
+
+    def ended(self, job: Job) -> None:
+        """Tell of a job that has just ended."""
+        command = self._commands.get(job.phase)
+        if command:
+            self._group.create_task(self._run(command, job), name=f"notify {job.id}")
+
+    async def _run(self, command: list[str], job: Job) -> None:
+        async with self._places:
+            try:
+                why = await _outcome(command, msgspec.json.encode(job))
+            except OSError as error:
+                why = f"it can't be run: {error.strerror}"
+        if why is None:
+            log.info("notified %s", fields(job=job.id, program=command[0]))
+        else:
+            log.error("not notified %s", fields(job=job.id, program=command[0], error=why))
+
+
+async def _outcome(command: list[str], text: bytes) -> str | None:
+    """Run a program on `text`; return what went wrong."""
+    program = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        cwd="/",
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            _, said = await program.communicate(text)
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)  # and whoever it has started
+        await program.wait()
+        return f"it was ended after {DEADLINE_S:g} s"
+    if program.returncode == 0:
+        return None
+    last = said[-TOLD_BYTES_MAX:].decode(errors="replace").strip()
+    return f"exit code {program.returncode}" + (f": {last}" if last else "")
