@@ -23,6 +23,7 @@ from mirrord.control.sockets import Access, check_socket_path, is_answered, list
 from mirrord.errors import MirrordError, RefusedError
 from mirrord.service import logs, state, systemd
 from mirrord.service.config import Config, default_runtime_dir, default_state_dir
+from mirrord.service.logs import fields
 from mirrord.service.registry import Registry
 from mirrord.service.state import Directories
 
@@ -140,6 +141,8 @@ async def _serve(
             await registry.load()
             await server.start(group)
             manager.notify("READY=1")
+            if manager.watchdog_s is not None:
+                group.create_task(_live(manager, manager.watchdog_s), name="watchdog")
             print(f"ready socket={address}", file=sys.stderr, flush=True)
             await stop.wait()
             log.info("stopping; disks stay served")
@@ -148,6 +151,16 @@ async def _serve(
             raise _StoppedError
     except* _StoppedError:
         pass
+
+
+async def _live(manager: systemd.Systemd, interval_s: float) -> None:
+    """Tell that the loop turns, twice as often as it is wanted: a daemon that hangs is replaced."""
+    while True:
+        try:
+            manager.notify("WATCHDOG=1")
+        except OSError as error:
+            log.warning("watchdog not told %s", fields(error=error))
+        await asyncio.sleep(interval_s / 2)
 
 
 class _StoppedError(Exception):

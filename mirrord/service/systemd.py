@@ -1,6 +1,7 @@
 """What systemd is told and gives: readiness by NOTIFY_SOCKET, sockets by LISTEN_FDS.
 
-The protocols are those of sd_notify(3) and sd_listen_fds(3); without systemd all of it is quiet.
+The protocols are those of sd_notify(3), sd_listen_fds(3) and sd_watchdog_enabled(3); without
+systemd all of it is quiet.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ class Systemd:
         self._address = os.environ.pop("NOTIFY_SOCKET", "")
         told = [os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")]
         self._listens = told[:2] == [str(os.getpid()), "1"]
+        interval, process = (os.environ.pop(f"WATCHDOG_{name}", "") for name in ("USEC", "PID"))
+        # How often it wants to hear WATCHDOG=1, in seconds; None: it doesn't.
+        self.watchdog_s: float | None = None
+        if interval.isdecimal() and process in ("", str(os.getpid())):
+            self.watchdog_s = int(interval) / 1_000_000
 
     def notify(self, state: str) -> None:
         """Tell it `state`, such as READY=1. Raises OSError when it asked and can't be told."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Callable
@@ -189,6 +190,25 @@ def test_systemd_is_told(make_daemon: MakeDaemon, monkeypatch: pytest.MonkeyPatc
         assert manager.recv(100) == b"READY=1"
         daemon.stop()
         assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_the_watchdog_is_fed(make_daemon: MakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon = make_daemon()
+    address = str(daemon.root / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        manager.settimeout(15)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        monkeypatch.setenv("WATCHDOG_USEC", "200000")
+        daemon.start()
+        assert [manager.recv(100) for _ in range(4)] == [b"READY=1"] + 3 * [b"WATCHDOG=1"]
+        os.kill(daemon.pid, signal.SIGSTOP)  # a daemon that hangs
+        try:
+            manager.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                [manager.recv(100) for _ in range(10)]
+        finally:
+            os.kill(daemon.pid, signal.SIGCONT)
 
 
 def test_a_socket_that_systemd_made(make_daemon: MakeDaemon) -> None:

@@ -15,6 +15,7 @@ from tests.style.sources import ROOT
 
 EXAMPLE = ROOT / "systemd" / "mirrord.toml"
 UNIT = ROOT / "systemd" / "mirrord.service"
+SOCKET = ROOT / "systemd" / "mirrord.socket"
 
 
 def test_the_example_changes_nothing() -> None:
@@ -40,11 +41,27 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     # what shares need, and what keeps their passwords
     assert re.search(r"^RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6$", text, re.M)
     assert re.search(r"^LimitCORE=0$", text, re.M)
-    if shutil.which("systemd-analyze"):  # absent in containers; the lines above hold there too
-        installed = tmp_path / UNIT.name
-        installed.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.M))
-        done = subprocess.run(
-            ["systemd-analyze", "verify", str(installed)],
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    verify(tmp_path, UNIT, SOCKET)
+
+
+def test_the_socket_unit_listens_where_clients_look(tmp_path: Path) -> None:
+    text = SOCKET.read_text()
+    assert re.search(r"^ListenStream=/run/mirrord/control.sock$", text, re.M)
+    assert re.search(r"^SocketMode=0600$", text, re.M)
+    assert Config().socket_mode == "0600"
+    verify(tmp_path, UNIT, SOCKET)
+
+
+def verify(folder: Path, *units: Path) -> None:
+    """Have systemd look at units, without the program, where there is one."""
+    if not shutil.which("systemd-analyze"):  # absent in containers; what a test says itself holds
+        return
+    installed = [folder / unit.name for unit in units]
+    for unit, path in zip(units, installed, strict=True):
+        text = re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", unit.read_text(), flags=re.M)
+        path.write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *installed], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
