@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +23,7 @@ from mirrord.control.client import Client
 from mirrord.control.messages import AttachRequest, Job, MoveRequest
 from mirrord.core.units import check_name, parse_rate
 from mirrord.errors import MirrordError, RefusedError, UsageError
+from mirrord.options import Cache, Cutover, Json, Mode, Name, PhaseChoice, Socket, Verify
 from mirrord.service.places import absolute
 from mirrord.waiting import WaitTimeoutError, follow, has_reached
 
@@ -49,56 +49,6 @@ app = typer.Typer(
 
 credential = typer.Typer(help="Try the credentials of shares.", no_args_is_help=True)
 app.add_typer(credential, name="credential")
-
-
-class Cache(StrEnum):
-    writeback = "writeback"
-    direct = "direct"
-
-
-class Verify(StrEnum):
-    full = "full"
-    none = "none"
-
-
-class Mode(StrEnum):
-    auto = "auto"
-    passes = "passes"
-    mirror = "mirror"
-
-
-class Cutover(StrEnum):
-    auto = "auto"
-    manual = "manual"
-
-
-class PhaseChoice(StrEnum):
-    queued = "queued"
-    copying = "copying"
-    catching_up = "catching-up"
-    mirroring = "mirroring"
-    verifying = "verifying"
-    cutting_over = "cutting-over"
-    retiring = "retiring"
-    done = "done"
-    paused = "paused"
-    degraded = "degraded"
-    cancelled = "cancelled"
-    failed = "failed"
-
-
-Socket = Annotated[
-    Path | None,
-    typer.Option(
-        "--socket",
-        envvar="MIRRORD_SOCKET",
-        metavar="PATH",
-        help="The daemon's control socket.",
-        show_default="/run/mirrord/control.sock for root, else below $XDG_RUNTIME_DIR",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The disk.", show_default=False)]
 
 
 @app.callback(invoke_without_command=True)
@@ -372,6 +322,27 @@ def detach(
     """Stop serving a disk. Its bytes stay where they are."""
     gone = _client(socket).detach(check_name(name), force=force)
     display.put(gone, json, display.detached)
+
+
+@app.command()
+def upgrade(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these disks.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Although they are of its version.")
+    ] = False,
+    json: Json = False,
+    socket: Socket = None,
+) -> None:
+    """Replace the disks' processes, one after another, by ones of the daemon's version.
+
+    Moves go on. Guests with reconnect-delay wait for a moment; others lose their connection.
+    """
+    client = _client(socket)
+    wanted = [check_name(name) for name in names or ()] or [disk.name for disk in client.disks()]
+    renewed = [client.upgrade(name, force=force) for name in wanted]
+    display.put(renewed, json, display.upgraded)
 
 
 @credential.command("test")

@@ -70,6 +70,12 @@ def detached(disk: Disk) -> str:
     return f"disk {disk.name} is no longer served; its bytes are at {disk.location}"
 
 
+def upgraded(shown: Sequence[Disk]) -> str:
+    """Say which version serves each disk now."""
+    rows = [(disk.name, disk.state, disk.version or "-") for disk in shown]
+    return table(("NAME", "STATE", "VERSION"), rows)
+
+
 def disk(shown: Disk) -> str:
     """Return all about one disk."""
     lines = [

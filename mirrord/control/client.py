@@ -78,6 +78,11 @@ class Client:
         suffix = "?force=true" if force else ""
         return self._ask("DELETE", f"/v1/disks/{_part(name)}{suffix}", Disk)
 
+    def upgrade(self, name: str, *, force: bool = False) -> Disk:
+        """Have a disk served by a process of the daemon's version; return how it is then."""
+        suffix = "?force=true" if force else ""
+        return self._ask("POST", f"/v1/disks/{_part(name)}/upgrade{suffix}", Disk)
+
     def move(self, name: str, request: MoveRequest) -> Job:
         """Ask for a move; return its job."""
         return self._ask("POST", f"/v1/disks/{_part(name)}/move", Job, request)

@@ -82,6 +82,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     share: Share | None = None  # of the location, if it lies on one
     target_share: Share | None = None  # of the unfinished job's target
     snippets: Snippets | None = None
+    version: str | None = None  # of its process; None while there is none, or it doesn't say
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -205,6 +206,7 @@ class DiskStatus(msgspec.Struct, frozen=True, kw_only=True):
     job: Job | None  # unfinished, or the last one that ended since the process started
     share: Share | None = None
     target_share: Share | None = None
+    version: str | None = None
 
 
 class Call(msgspec.Struct, frozen=True):

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+import mirrord
 from mirrord.control.messages import DiskStatus, Job, Share
 from mirrord.engine import recovery
 from mirrord.engine.disk import Disk
@@ -305,6 +306,7 @@ class Mover:
     def status(self, clients: int) -> DiskStatus:
         """Return what the daemon shows."""
         return DiskStatus(
+            version=mirrord.__version__,
             name=self._record.name,
             location=self.location,
             size=self.disk.size,

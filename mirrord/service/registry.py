@@ -15,6 +15,7 @@ import os
 
 import msgspec
 
+import mirrord
 from mirrord.control.messages import (
     AttachRequest,
     CredentialTest,
@@ -180,6 +181,7 @@ class Registry:
             job=running.record.id if running else None,
             share=status.share if status and serving else None,
             target_share=status.target_share if status and serving else None,
+            version=status.version if status and serving else None,
             snippets=snippets(name, socket, read_only=record.read_only if record else False),
         )
 
@@ -297,6 +299,15 @@ class Registry:
         await self._forget(name)
         log.info("detached %s", fields(disk=name))
         return msgspec.structs.replace(shown, state="detached", reason=None, clients=0)
+
+    async def upgrade(self, name: str, *, force: bool) -> Disk:
+        """Have a disk served by a process of this version. Raises RefusedError."""
+        process = self._process_of(name)
+        status = await process.refresh()
+        if force or status is None or status.version != mirrord.__version__:
+            await process.renew()
+            log.info("upgraded %s", fields(disk=name, version=mirrord.__version__))
+        return await self._describe(name)
 
     async def _ended(self, attached: _Attached, name: str) -> None:
         assert attached.task is not None

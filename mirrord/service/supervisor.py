@@ -52,8 +52,19 @@ STATUS_DEADLINE_S = 2.0
 READY_DEADLINE_S = 10.0
 # Moves begin by creating and preallocating a target, detach by a last flush: both touch storage.
 CALL_DEADLINE_S = 60.0
+# An old process flushes what its guests wrote, a new one reads two maps.
+RENEW_DEADLINE_S = 90.0
 # Handing over a descriptor touches no storage.
 LISTENER_DEADLINE_S = 5.0
+
+
+class _Renewal:
+    """A process that is being replaced."""
+
+    def __init__(self, former: int) -> None:
+        self.former = former
+        self.ended = False  # as it was told: that is no death
+        self.over = asyncio.Event()  # another serves, or none will
 
 
 class DiskProcess:
@@ -85,6 +96,7 @@ class DiskProcess:
         self._channel: Channel | None = None
         self._answering = asyncio.Event()
         self._ending = False
+        self._renewal: _Renewal | None = None
 
     # For the registry.
 
@@ -146,6 +158,32 @@ class DiskProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
+    async def renew(self) -> None:
+        """Replace the process by a new one, and return when that serves. Moves go on.
+
+        Raises RefusedError: `disk-not-serving`, as the new one refuses, or `disk-stuck`.
+        """
+        if self.pid is None or not self.serving or self._renewal is not None:
+            raise RefusedError(
+                "disk-not-serving", f"the process of disk {self.name} is being started already"
+            )
+        renewal = self._renewal = _Renewal(self.pid)
+        try:
+            with contextlib.suppress(ProcessLookupError):  # then another is being started
+                os.kill(renewal.former, signal.SIGHUP)
+            async with asyncio.timeout(RENEW_DEADLINE_S):
+                await renewal.over.wait()
+        except TimeoutError as error:
+            raise RefusedError(
+                "disk-stuck",
+                f"the process of disk {self.name} has not been replaced within "
+                f"{RENEW_DEADLINE_S:.0f} s; its storage may hang",
+            ) from error
+        finally:
+            self._renewal = None
+        if self.problem is not None:
+            raise RefusedError(self.problem.code, self.problem.message)
+
     # The owner task.
 
     async def keep(self) -> None:
@@ -165,6 +203,9 @@ class DiskProcess:
                 attached = (self._directories.disk(self.name) / "disk.json").exists()
                 if self._ending or not attached:
                     return self._end("detached", None)
+                if self._renewal is not None and not self._renewal.ended:
+                    self._renewal.ended = True
+                    continue
                 deaths = 0 if loop.time() - began > STEADY_S else deaths + 1
                 delay_s = RESTART_DELAYS_S[min(max(deaths - 1, 0), len(RESTART_DELAYS_S) - 1)]
                 log.warning("restarting disk process %s", fields(disk=self.name, delay_s=delay_s))
@@ -317,6 +358,8 @@ class DiskProcess:
         self.reason = None
         self._answering.set()
         self.settled.set()
+        if self._renewal is not None and self.pid != self._renewal.former:
+            self._renewal.over.set()
         self._on_ready(self.status)
 
     def _refuse(self, problem: Problem) -> None:
@@ -331,6 +374,8 @@ class DiskProcess:
         remove_socket(self._directories.channel(self.name))
         self._answering.set()
         self.settled.set()
+        if self._renewal is not None:
+            self._renewal.over.set()
 
 
 async def _read_report(pipe: int) -> Report:

@@ -78,6 +78,9 @@ class FakeApi:
     async def detach(self, name: str, *, force: bool) -> Disk:
         return self._answer(DISK, "detach", name, force)
 
+    async def upgrade(self, name: str, *, force: bool) -> Disk:
+        return self._answer(DISK, "upgrade", name, force)
+
     async def move(self, name: str, request: MoveRequest) -> Job:
         return self._answer(JOB, "move", name, request)
 
@@ -172,6 +175,8 @@ async def test_every_route(served: Served) -> None:
          ("attach", AttachRequest("vm", "/l"))),
         ("DELETE", "/v1/disks/vm", None, 200, ("detach", "vm", False)),
         ("DELETE", "/v1/disks/vm?force=true", None, 200, ("detach", "vm", True)),
+        ("POST", "/v1/disks/vm/upgrade", None, 200, ("upgrade", "vm", False)),
+        ("POST", "/v1/disks/vm/upgrade?force=true", None, 200, ("upgrade", "vm", True)),
         ("POST", "/v1/disks/vm/move", {"target": "/x.raw", "limit": 5, "mode": "mirror"}, 202,
          ("move", "vm", moved)),
         ("GET", "/v1/jobs", None, 200, ("jobs", None)),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import mirrord
 from mirrord.core.geometry import MIB
 from tests.daemon import Daemon, command_line
 from tests.helpers import eventually
@@ -233,6 +234,49 @@ def test_a_disk_process_is_replaced_without_an_error(daemon: Daemon, disk: Path)
     eventually(lambda: daemon.find_disk_pid("vm") not in (pid, None), what="another process")
     writer.wait_acknowledged(20)
     writer.stop()
+
+
+def test_an_upgrade_replaces_each_process_and_guests_and_moves_go_on(
+    daemon: Daemon, disk: Path, tmp_path: Path
+) -> None:
+    writer = Writer(daemon.attach("vm", disk), "vm", seed=4)
+    other = tmp_path / "other.raw"
+    other.write_bytes(bytes(MIB))
+    daemon.attach("other", other)
+    writer.start()
+    writer.wait_acknowledged(20)
+    job = daemon.move("vm", tmp_path / "moved.raw", "--limit", SLOW)
+    pids = {name: daemon.disk_pid(name) for name in ("vm", "other")}
+    same = daemon.json("upgrade")
+    assert [(each["name"], each["version"]) for each in same] == [
+        ("other", mirrord.__version__), ("vm", mirrord.__version__),
+    ]  # fmt: skip
+    assert {name: daemon.disk_pid(name) for name in pids} == pids, "they are of this version"
+    (renewed,) = daemon.json("upgrade", "vm", "--force")
+    assert (renewed["state"], renewed["version"]) == ("serving", mirrord.__version__)
+    assert daemon.disk_pid("vm") != pids["vm"]
+    assert daemon.disk_pid("other") == pids["other"]
+    writer.wait_acknowledged(20)
+    assert daemon.run("limit", "vm", "1GiB").returncode == 0
+    daemon.wait("vm")
+    assert daemon.job(job)["phase"] == "done"
+    assert "other" in daemon.run("upgrade", "--force").stdout
+    assert daemon.disk_pid("other") != pids["other"]
+    writer.wait_acknowledged(20)
+    writer.stop()
+
+
+def test_an_upgrade_tells_why_a_disk_is_not_served_afterwards(daemon: Daemon, disk: Path) -> None:
+    daemon.expect_log("disk refused", "refused")
+    daemon.attach("vm", disk)
+    disk.rename(disk.with_name("elsewhere"))
+    refused = daemon.run("upgrade", "vm", "--force", "--json")
+    assert refused.returncode == 4
+    assert str(disk) in refused.stderr
+    assert daemon.json("show", "vm")["state"] == "refused"
+    again = daemon.run("upgrade", "vm", "--force", "--json")
+    assert (again.returncode, "disk-not-serving" in again.stderr) == (4, True)
+    assert daemon.run("upgrade", "gone", "--json").returncode == 4
 
 
 def test_a_disk_that_hangs_stalls_nobody_else(daemon: Daemon, disk: Path, tmp_path: Path) -> None:

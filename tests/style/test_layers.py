@@ -39,7 +39,7 @@ MODULES = python_files("mirrord")
 
 
 # Modules of one layer, without a folder.
-COMMAND_LINE = {"cli", "demo", "display", "doctor", "waiting"}
+COMMAND_LINE = {"cli", "demo", "display", "doctor", "options", "waiting"}
 
 
 def layer(name: str) -> str:

@@ -1,0 +1,59 @@
+"""What several commands of the command line take."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Cache(StrEnum):
+    writeback = "writeback"
+    direct = "direct"
+
+
+class Verify(StrEnum):
+    full = "full"
+    none = "none"
+
+
+class Mode(StrEnum):
+    auto = "auto"
+    passes = "passes"
+    mirror = "mirror"
+
+
+class Cutover(StrEnum):
+    auto = "auto"
+    manual = "manual"
+
+
+class PhaseChoice(StrEnum):
+    queued = "queued"
+    copying = "copying"
+    catching_up = "catching-up"
+    mirroring = "mirroring"
+    verifying = "verifying"
+    cutting_over = "cutting-over"
+    retiring = "retiring"
+    done = "done"
+    paused = "paused"
+    degraded = "degraded"
+    cancelled = "cancelled"
+    failed = "failed"
+
+
+Socket = Annotated[
+    Path | None,
+    typer.Option(
+        "--socket",
+        envvar="MIRRORD_SOCKET",
+        metavar="PATH",
+        help="The daemon's control socket.",
+        show_default="/run/mirrord/control.sock for root, else below $XDG_RUNTIME_DIR",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The disk.", show_default=False)]
