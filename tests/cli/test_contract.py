@@ -24,7 +24,7 @@ from tests.nbd_writer import Client
 SLOW = "2MiB"
 DISK_KEYS = {
     "name", "state", "reason", "location", "size", "read_only", "cache", "uris", "clients", "job",
-    "share", "target_share", "snippets",
+    "share", "target_share", "snippets", "version",
 }  # fmt: skip
 JOB_KEYS = {
     "id", "disk", "phase", "bytes_total", "bytes_copied", "bytes_remaining", "copy_rate",
@@ -304,7 +304,7 @@ def test_version_and_help() -> None:
     commands = re.findall(r"^  ([a-z]+)  +\S", out, re.M)
     assert commands == [
         "daemon", "attach", "ls", "show", "move", "jobs", "job", "pause", "resume", "cancel",
-        "cutover", "limit", "wait", "detach", "demo", "doctor", "credential",
+        "cutover", "limit", "wait", "detach", "upgrade", "demo", "doctor", "credential",
     ]  # fmt: skip
     for command in commands:
         code, out, _ = run(command, "--help")
