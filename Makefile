@@ -6,7 +6,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2# test processes: the suite is written for two cores
+WORKERS ?= 3# test processes, for two cores: a quarter of their time is waiting
 
 .PHONY: demo test lint bench bench-readme packages clean help
 .DELETE_ON_ERROR:

@@ -9,7 +9,6 @@ status, and an error becomes `{"code": …, "message": …}`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import os
@@ -182,8 +181,14 @@ class ControlServer:
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
         )
         await response.prepare(request)
-        with contextlib.suppress(ConnectionResetError):  # the client has gone
+        try:
             await self._tell(response, disk, jobs, told)
+        except ConnectionResetError:
+            pass  # the client has gone
+        except MirrordError as error:  # nothing more to tell, of a disk that is gone: it ends
+            log.info("events ended disk=%s reason=%s", disk, error)
+        except Exception:  # an error's answer would come in the middle of the stream
+            log.exception("events failed disk=%s", disk)
         return response
 
     async def _tell(

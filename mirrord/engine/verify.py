@@ -68,24 +68,25 @@ class Verifier:
         """
         digests = self._tracker.digests
         chunks = 0
-        for _ in range(self._settings.verify_passes_max):
+        for number in range(self._settings.verify_passes_max):
             if not digests.unverified():
                 break
             # A clean cache: what is read past it is what is stored.
             await self._tracker.flush_target()
-            mismatches, compared = await self._walk()
+            # What was written while its neighbours were read is read alone, which is quicker.
+            mismatches, compared = await self._walk(1 if number else GROUP_CHUNKS_MAX)
             chunks += compared
             if mismatches:
                 return Verdict(tuple(mismatches), chunks, digests.unverified())
         return Verdict((), chunks, digests.unverified())
 
-    async def _walk(self) -> tuple[list[int], int]:
+    async def _walk(self, most: int) -> tuple[list[int], int]:
         mismatches: list[int] = []
         compared = cursor = 0
 
         async def worker() -> None:
             nonlocal compared, cursor
-            while not mismatches and (group := self._group(cursor)):
+            while not mismatches and (group := self._group(cursor, most)):
                 cursor = group.stop
                 mismatches.extend(await self._chunks(group))
                 compared += len(group)
@@ -102,15 +103,18 @@ class Verifier:
             raise trouble
         return sorted(mismatches), compared
 
-    def _group(self, cursor: int) -> range:
-        """Return the next unverified neighbours, of which all have a digest, or none."""
+    def _group(self, cursor: int, most: int) -> range:
+        """Return the next unverified neighbours, at most so many, which have all a digest or none.
+
+        So that a hole, which has none, is looked up at once.
+        """
         digests = self._tracker.digests
         first = digests.next_unverified(cursor)
         if first < 0:
             return range(0)
         stop = first + 1
         while (
-            stop < min(digests.count, first + GROUP_CHUNKS_MAX)
+            stop < min(digests.count, first + most)
             and digests.next_unverified(stop) == stop
             and (digests.get(stop) > COMPARING) == (digests.get(first) > COMPARING)
         ):

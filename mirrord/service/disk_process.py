@@ -266,9 +266,14 @@ def main() -> NoReturn:
     logs.set_up(f"disk/{options.name}", options.log_level)
     keep_freed_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        exit_code = runner.run(_live(options))
-        logging.shutdown()
-        os._exit(exit_code)  # threads that a dead storage holds would be waited for
+        exit_code = 1
+        try:
+            exit_code = runner.run(_live(options))
+        except BaseException:
+            log.critical("disk process failed %s", fields(disk=options.name), exc_info=True)
+        finally:
+            logging.shutdown()
+            os._exit(exit_code)  # threads that a dead storage holds would be waited for
 
 
 if __name__ == "__main__":

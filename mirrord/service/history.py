@@ -151,7 +151,7 @@ def drop_old(directories: Directories, ended: list[Job], keep: int, days: int) -
     """Forget ended jobs above a number or an age, but never the last one; return their ids."""
     age = datetime.timedelta(days=min(days, _DAYS_MAX))
     oldest = datetime.datetime.now(datetime.UTC) - age
-    by_age = sorted(ended, key=lambda job: job.created or "")
+    by_age = sorted(ended, key=lambda job: job.ended or job.created or "")
     surplus = [
         job.id
         for number, job in enumerate(reversed(by_age))

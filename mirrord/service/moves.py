@@ -342,9 +342,9 @@ class Moves:
 
     def _record_end(self, move: Move) -> None:
         """Write the outcome down for the next daemon. Failing is harmless: the journal has it."""
-        self._notifier.ended(move.job)
         try:
             history.write_ended(self._directories, move.job)
+            self._notifier.ended(move.job)  # what isn't written down, the next daemon tells
             ended = [each.job for each in self._moves.values() if each.standing == "ended"]
             keep, days = self._config.keep_jobs, self._config.keep_jobs_days
             for job_id in history.drop_old(self._directories, ended, keep, days):

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import signal
+import tempfile
 
 import msgspec
 
@@ -50,8 +51,8 @@ class Notifier:
         async with self._places:
             try:
                 why = await _outcome(command, msgspec.json.encode(job))
-            except OSError as error:
-                why = f"it can't be run: {error.strerror}"
+            except (OSError, ValueError) as error:
+                why = f"it can't be run: {error}"
         if why is None:
             log.info("notified %s", fields(job=job.id, program=command[0]))
         else:
@@ -59,25 +60,32 @@ class Notifier:
 
 
 async def _outcome(command: list[str], text: bytes) -> str | None:
-    """Run a program on `text`; return what went wrong."""
-    program = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        cwd="/",
-        env=ENVIRONMENT,
-        start_new_session=True,
-    )
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            _, said = await program.communicate(text)
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(program.pid, signal.SIGKILL)  # and whoever it has started
-        await program.wait()
-        return f"it was ended after {DEADLINE_S:g} s"
-    if program.returncode == 0:
-        return None
-    last = said[-TOLD_BYTES_MAX:].decode(errors="replace").strip()
-    return f"exit code {program.returncode}" + (f": {last}" if last else "")
+    """Run a program on `text`; return what went wrong.
+
+    Files and no pipes: what it leaves behind in the background holds nobody up.
+    """
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
+        given.write(text)
+        given.seek(0)
+        program = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=given,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=said,
+            cwd="/",
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                await program.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)  # and whoever it has started
+            await program.wait()
+            return f"it was ended after {DEADLINE_S:g} s"
+        if program.returncode == 0:
+            return None
+        said.seek(max(0, said.seek(0, os.SEEK_END) - TOLD_BYTES_MAX))
+        last = said.read().decode(errors="replace").strip()
+        return f"exit code {program.returncode}" + (f": {last}" if last else "")

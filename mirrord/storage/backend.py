@@ -40,13 +40,14 @@ class Watch:
     """Tells since when one side owes an answer: a context around every wait for it.
 
     `due_s` is when `clock` has it overdue, and infinite while nothing is waited for. Whoever waits
-    may be a thread; whoever looks, another.
+    may be a thread; whoever looks, another. `given_up` tells that nobody waits any more.
     """
 
-    __slots__ = ("_clock", "_limit_s", "due_s")
+    __slots__ = ("_clock", "_limit_s", "due_s", "given_up")
 
     def __init__(self, limit_s: float, clock: Callable[[], float]) -> None:
         self.due_s = math.inf
+        self.given_up = False
         self._limit_s = limit_s
         self._clock = clock
 

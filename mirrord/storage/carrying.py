@@ -74,6 +74,8 @@ def carry(
             extents = _extents(source, offset, end)
             for extent in extents:
                 for at, count in split(extent.offset, extent.length, BUFFER_BYTES):
+                    if watch.given_up:
+                        raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
                     if extent.status is Status.DATA:
                         moved += _carry_data(source, target, at, count, hasher, watch)
                     else:
@@ -89,8 +91,12 @@ def digests(descriptor: int, runs: Sequence[tuple[int, int]]) -> list[int]:
         hasher = xxh3_64()
         for at, count in split(offset, length, BUFFER_BYTES):
             view = thread_buffer()[:count]
-            if os.preadv(descriptor, (view,), at) != count:
-                raise OSError(errno.EIO, "less was read than is there")
+            done = 0
+            while done < count:
+                moved = os.preadv(descriptor, (view[done:],), at + done)
+                if moved == 0:
+                    raise OSError(errno.EIO, "nothing was read: it is shorter now")
+                done += moved
             hasher.update(view)
         found.append(hasher.intdigest())
     return found

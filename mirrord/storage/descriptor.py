@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 import threading
 from collections.abc import Coroutine, Sequence
@@ -51,7 +50,7 @@ from mirrord.storage.memory_pool import (
     aligned_address,
     constant,
 )
-from mirrord.storage.page_cache import Wake, drop, warm
+from mirrord.storage.page_cache import Wake, drop, reopen, warm
 
 T = TypeVar("T")
 
@@ -157,6 +156,7 @@ class DescriptorBackend(Backend):
 
     async def digests_stored(self, runs: Sequence[tuple[int, int]]) -> list[int] | None:
         """Read past the page cache in a thread, and hash there."""
+        self._refuse_closed()
         direct = self._descriptor if self._direct else await self._other()
         for offset, length in runs:
             if (offset | length) % self._unit or offset + length > self._direct_end:
@@ -248,8 +248,13 @@ class DescriptorBackend(Backend):
         """
         if not isinstance(source, DescriptorBackend) or self._direct or source._direct:
             return None
+        self._refuse_closed()
         work = self._carriers.submit(carry, source._side(), self._side(), runs, hasher, watch)
-        return await outcome(work, self.lend_to, source.lend_to)
+        try:
+            return await outcome(work, self.lend_to, source.lend_to)
+        except asyncio.CancelledError:
+            watch.given_up = True
+            raise
 
     def _side(self) -> Side:
         ranges = FALLOC_ZERO_RANGE if self._zeroes_ranges else 0
@@ -412,6 +417,10 @@ class DescriptorBackend(Backend):
         busy = self._io.is_busy(self._descriptor) or self._io.is_busy(self._other_descriptor)
         return busy or self._users > 0 or bool(self._tasks)
 
+    def _refuse_closed(self) -> None:
+        if self._descriptor < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
     async def _other(self) -> int:
         """Return the second descriptor, or -1 where this can't be opened with O_DIRECT."""
         if self._other_descriptor < 0 and not self._no_other:
@@ -423,7 +432,7 @@ class DescriptorBackend(Backend):
             if self._other_descriptor >= 0 or self._no_other:
                 return
             try:
-                self._other_descriptor = await self._io.call(_reopen, self._descriptor)
+                self._other_descriptor = await self._io.call(reopen, self._descriptor)
             except OSError as error:
                 if self._direct or error.errno != errno.EINVAL:
                     raise
@@ -488,10 +497,3 @@ def _blocks(offset: int, stop: int, unit: int) -> list[tuple[int, int, bool]]:
     head = [(offset, start - offset, False)] if offset < start else []
     tail = [(end, stop - end, False)] if end < stop else []
     return head + middle + tail
-
-
-def _reopen(descriptor: int) -> int:
-    """Open the same file in the other cache mode, for the same access."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    kept = flags & os.O_ACCMODE | os.O_CLOEXEC
-    return os.open(f"/proc/self/fd/{descriptor}", kept | (flags ^ os.O_DIRECT) & os.O_DIRECT)

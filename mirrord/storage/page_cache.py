@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import threading
@@ -112,6 +113,13 @@ def resident(descriptor: int, offset: int, length: int) -> bytes:
         return bytes(state & 1 for state in states.raw)  # the other bits are reserved
     finally:
         _munmap(address, length)
+
+
+def reopen(descriptor: int) -> int:
+    """Open the same file in the other cache mode, for the same access."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    kept = flags & os.O_ACCMODE | os.O_CLOEXEC
+    return os.open(f"/proc/self/fd/{descriptor}", kept | (flags ^ os.O_DIRECT) & os.O_DIRECT)
 
 
 def thread_buffer() -> memoryview:

@@ -9,7 +9,7 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -346,6 +346,10 @@ class Events:
         assert identity == b"id: " + document["id"].encode()
         return document
 
+    def rest(self) -> bytes:
+        """Return the end of the answer, as it is."""
+        return self._file.read(5)
+
     def close(self) -> None:
         self._file.close()
         self._socket.close()
@@ -370,6 +374,21 @@ async def test_events_tell_what_changes(served: Served, monkeypatch: pytest.Monk
         await eventually_async(lambda: not served.api.change.is_set())
     assert await asyncio.to_thread(events.next) is None, "a sign of life"
     assert set(served.api.asked) == {("jobs", "vm"), ("changed",)}
+    events.close()
+
+
+@pytest.mark.parametrize("trouble", [RefusedError("unknown-disk", "gone"), KeyError("a bug")])
+async def test_a_stream_that_can_not_go_on_ends(
+    served: Served, trouble: Exception, expect_log: Callable[..., None]
+) -> None:
+    """Nothing else comes in it: an answer with an error would be taken for events."""
+    expect_log("events failed")
+    events = await asyncio.to_thread(Events, served.path)
+    assert await asyncio.to_thread(events.next) is not None
+    await eventually_async(lambda: ("changed",) in served.api.asked)
+    served.api.trouble = trouble
+    served.api.change.set()
+    assert await asyncio.to_thread(events.rest) == b"0\r\n\r\n"
     events.close()
 
 

@@ -13,7 +13,7 @@ from mirrord.core.migration import Event, Phase
 from mirrord.engine.cutover import FLUSHES_MAX, Cutover
 from tests.engine import phases
 from tests.engine.crashes import SIZE, SMALL, UNIT, CrashBench
-from tests.engine.faults import FOR_EVER
+from tests.engine.faults import FOR_EVER, FaultyBackend
 from tests.helpers import eventually_async
 
 NEW = b"\x18" * 4096
@@ -194,3 +194,23 @@ async def test_a_failed_strict_write_poisons_no_flush(bench: CrashBench) -> None
     await bench.disk.flush()
     commit.release()
     await bench.assert_moved(await bench.finish())
+
+
+@pytest.mark.parametrize("junk", [6, 10], ids=["one chunk of a hole", "a hole of one chunk"])
+async def test_a_hole_of_the_source_is_one_of_the_target_or_is_found(
+    bench: CrashBench, junk: int
+) -> None:
+    """Nothing was copied there, so nothing else would notice what the target has."""
+    held = bench.shelf.get("source")
+    assert held is not None
+    for chunk in (4, 5, 6, 7, 10):
+        del held.blocks[chunk]
+        bench.expected[chunk * UNIT : (chunk + 1) * UNIT] = bytes(UNIT)
+    copying = await bench.hold_copying(0)
+    target = bench.tracker.target
+    assert isinstance(target, FaultyBackend)
+    await target.inner.write(junk * UNIT + 100, b"junk")
+    copying.release()
+    status = await bench.finish()
+    assert Event.MISMATCH_FOUND in [step.event for step in status.story]
+    await bench.assert_moved(status)

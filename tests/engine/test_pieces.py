@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from mirrord.engine.recovery import Places
 from mirrord.storage.descriptor import DescriptorBackend
 from mirrord.storage.file_place import FilePlace
 from mirrord.storage.fileio import open_io
+from tests.engine.crashes import SMALL, CrashBench
 from tests.engine.harness import QUICK, Bench, finish
 
 UNIT = 64 * 1024
@@ -99,3 +101,41 @@ async def test_what_lies_far_apart_is_taken_apart(moved) -> None:
 async def test_a_worker_takes_one_chunk(moved, options) -> None:
     pieces = await moved(list(range(CHUNKS)), **options)
     assert {chunks_of(piece) for piece in pieces} == {1}
+
+
+@pytest.fixture
+async def held(on_files: CrashBench) -> CrashBench:
+    """A move that is copied, mirrors, and waits."""
+    on_files.settings = SMALL
+    await on_files.hold_mirroring(verify="full")
+    return on_files
+
+
+@pytest.mark.parametrize("gap", [1, 3])
+async def test_a_piece_of_several_chunks_is_one_as_regards_its_rules(
+    held: CrashBench, gap: int
+) -> None:
+    """Its lock spans them all, each is forgotten, taken again, written and equal by itself."""
+    job, unit = held.job, SMALL.chunk_bytes
+    tracker, copier = job.tracker, job.copier
+    runs = [(0, unit), (gap * unit, unit)]
+    for run in runs:
+        tracker.bitmap.mark(*run)
+    assert [tracker.bitmap.take(at, unit) for at, _ in runs] == runs
+    tracker._target_unflushed.clear()
+    tracker.digests.set(gap, 12345)
+    copier._stopped = False
+    reading = held.at_source.hang("read")
+    worker = asyncio.ensure_future(copier._work(runs))
+    await reading.wait()
+    tracker.bitmap.mark(gap * unit, 1)  # an unmirrored write, say, that came behind the lock
+    ahead = tracker.locks.acquire_within((gap + 1) * unit - 1, (gap + 1) * unit, 0.05)
+    assert await ahead is None, "the last block is the worker's"
+    reading.release()
+    await worker
+    assert tracker._target_unflushed.bits[tracker.regions(0, unit)].all()
+    assert tracker._target_unflushed.bits[tracker.regions(gap * unit, unit)].all()
+    assert tracker.digests.get(gap) != 12345
+    assert tracker.bitmap.clean(0, unit)
+    assert not tracker.bitmap.clean(gap * unit, 1)
+    await held.assert_moved(await held.cut_over())

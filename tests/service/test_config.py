@@ -100,3 +100,7 @@ def test_a_program_that_can_not_be_run_is_refused(tmp_path: Path, program: str) 
         read_config(file)
     file.write_text("on_done = ['/bin/true', '--quietly']\n")
     assert read_config(file).on_done == ["/bin/true", "--quietly"]
+
+
+def test_a_word_of_a_program_has_no_nul(tmp_path: Path) -> None:
+    assert explain(tmp_path, r'on_done = ["/bin/true", "a\u0000b"]').startswith(", line 1: on_done")

@@ -78,6 +78,7 @@ async def test_what_a_program_is_given(tmp_path: Path, monkeypatch: pytest.Monke
         ("exec < /dev/null; exit 1", "exit code 1"),  # it doesn't read
         ("kill -9 $$", "exit code -9"),
         ("sleep 1000 & wait", "ended after 0.2 s"),
+        ("sleep 1000 & sleep 1000", "ended after 0.2 s"),
     ],
 )
 async def test_a_program_that_fails_is_logged(
@@ -93,10 +94,25 @@ async def test_a_program_that_fails_is_logged(
     assert re.search(why, record.message), record.message
 
 
+async def test_what_a_program_leaves_behind_holds_nobody_up(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    program = script(tmp_path, f"(while [ ! -e {gone} ]; do :; done) &")
+    try:
+        await asyncio.wait_for(tell(Config(on_done=[program]), job("done")), 20)
+    finally:
+        gone.touch()
+
+
+async def test_a_word_that_no_program_can_get_is_logged(tmp_path: Path, expect_log, caplog) -> None:
+    expect_log("not notified")
+    await tell(Config(on_done=["/bin/true", "a\0b"]), job("done"))
+    assert "it can't be run: embedded null byte" in caplog.text
+
+
 async def test_one_that_is_gone_is_logged(tmp_path: Path, expect_log, caplog) -> None:
     expect_log("not notified")
     await tell(Config(on_done=[str(tmp_path / "gone")]), job("done"))
-    assert "it can't be run: No such file or directory" in caplog.text
+    assert "No such file or directory" in caplog.text
 
 
 async def test_few_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,18 @@ def test_old_ended_jobs_are_forgotten(
     assert history.drop_old(directories, left, keep, days) == []
 
 
+def test_a_job_that_has_just_ended_is_remembered(directories: Directories) -> None:
+    """Although it was asked for before the others."""
+    jobs = []
+    for created, ended in (("2026-01-01", "2026-01-09"), ("2026-01-02", "2026-01-03")):
+        directories.job(created).mkdir()
+        jobs.append(
+            Job(id=created, disk="vm", phase="done", source="/a", target="/b", created=created,
+                ended=ended)
+        )  # fmt: skip
+    assert history.drop_old(directories, jobs, 1, 1) == ["2026-01-02"]
+
+
 def test_what_the_engine_says_becomes_what_users_see() -> None:
     status = JobStatus(
         job_id="1", disk="vm", phase=Phase.PAUSED, source="/a", target="/b", bytes_total=9,

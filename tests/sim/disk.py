@@ -167,6 +167,7 @@ class SimBackend(Backend):
         self.identity = Identity("file", world.boots, file.inode, file.size)
         self.closed = False
         self._calls = 0
+        self._carries = world.random() < 0.5
         self._idle: asyncio.Event | None = None
         file.open_in[self] = world.life
 
@@ -305,8 +306,8 @@ class SimBackend(Backend):
         hasher: Hasher | None,
         watch: Watch,
     ) -> int | None:
-        """Half of the time: read, hash and write, as one call that may fail in the middle."""
-        if not isinstance(source, SimBackend) or self.world.random() < 0.5:
+        """Half of the targets: read, hash and write, as one call that may fail in the middle."""
+        if not isinstance(source, SimBackend) or not self._carries:
             return None
         for offset, length in runs:
             data = await source.read(offset, length)

@@ -31,8 +31,13 @@ from tests.storage.places import allocated_bytes, make_file, resident_pages
 from tests.storage.test_file import leave_free, open_file
 
 PAGE = 4096
-NEVER = Watch(math.inf, lambda: 0)
+
 COPIED = 20 * MIB  # more than is dropped late, and two of it fit the small file systems
+
+
+def never() -> Watch:
+    """Return a watch that has nothing overdue."""
+    return Watch(math.inf, lambda: 0)
 
 
 def linux() -> tuple[int, ...]:
@@ -47,7 +52,7 @@ async def write_once(source: FileBackend, target: FileBackend, offset: int) -> N
 
 async def carry(source: FileBackend, target: FileBackend, offset: int) -> None:
     """Copy a piece beside it."""
-    assert await target.carry_from(source, [(offset, MIB)], None, NEVER) == MIB
+    assert await target.carry_from(source, [(offset, MIB)], None, never()) == MIB
 
 
 @pytest.mark.parametrize("copy", [write_once, carry])
@@ -121,7 +126,7 @@ async def test_zeroes_are_left_to_the_storage_and_everything_is_hashed(
 
     monkeypatch.setattr(durable, "fallocate", noted)
     hasher = xxh3_64()
-    moved = await target.carry_from(source, [(0, len(content))], hasher, NEVER)
+    moved = await target.carry_from(source, [(0, len(content))], hasher, never())
     assert moved == len(content) - MIB
     assert hasher.intdigest() == xxh3_64_intdigest(content)
     assert (tmp_path / "target").read_bytes() == content
@@ -134,7 +139,7 @@ async def test_zeroes_are_left_to_the_storage_and_everything_is_hashed(
 async def test_zeroes_that_the_storage_would_refuse_are_written(sides, tmp_path) -> None:
     content, source, target = sides
     target._zero_unit = 4 * MIB  # of a block device, say
-    assert await target.carry_from(source, [(0, len(content))], None, NEVER) == len(content) - MIB
+    assert await target.carry_from(source, [(0, len(content))], None, never()) == len(content) - MIB
     assert (tmp_path / "target").read_bytes() == content
     await target.flush()
     assert allocated_bytes(tmp_path / "target") >= len(content)
@@ -144,7 +149,7 @@ async def test_only_the_range_is_touched(sides, tmp_path) -> None:
     content, source, target = sides
     before = (tmp_path / "target").read_bytes()
     offset, length = 100 * KIB, 300 * KIB
-    assert await target.carry_from(source, [(offset, length)], None, NEVER) == length
+    assert await target.carry_from(source, [(offset, length)], None, never()) == length
     after = before[:offset] + content[offset : offset + length] + before[offset + length :]
     assert (tmp_path / "target").read_bytes() == after
 
@@ -154,7 +159,7 @@ async def test_several_runs_are_one_copy(sides, tmp_path) -> None:
     expected = bytearray((tmp_path / "target").read_bytes())
     runs = [(0, 4 * KIB), (12 * KIB, 8 * KIB), (MIB - KIB, 2 * KIB)]
     hasher = xxh3_64()
-    assert await target.carry_from(source, runs, hasher, NEVER) == 13 * KIB  # 1 KiB are zeroes
+    assert await target.carry_from(source, runs, hasher, never()) == 13 * KIB  # 1 KiB are zeroes
     for offset, length in runs:
         expected[offset : offset + length] = content[offset : offset + length]
     assert (tmp_path / "target").read_bytes() == expected
@@ -166,8 +171,8 @@ async def test_direct_sides_are_left_to_the_loop(sides, tmp_path, some_io) -> No
     content, source, target = sides
     before = (tmp_path / "target").read_bytes()
     direct = await open_file(make_file(tmp_path / "direct", content), some_io, Cache.DIRECT)
-    assert await target.carry_from(direct, [(0, MIB)], None, NEVER) is None
-    assert await direct.carry_from(source, [(0, MIB)], None, NEVER) is None
+    assert await target.carry_from(direct, [(0, MIB)], None, never()) is None
+    assert await direct.carry_from(source, [(0, MIB)], None, never()) is None
     await direct.close()
     assert (tmp_path / "target").read_bytes() == before
 
@@ -176,7 +181,7 @@ async def test_a_source_that_became_shorter_is_an_error(sides, tmp_path) -> None
     _, source, target = sides
     os.truncate(tmp_path / "source", MIB)
     with pytest.raises(OSError, match="shorter") as caught:
-        await target.carry_from(source, [(512 * KIB, MIB)], xxh3_64(), NEVER)
+        await target.carry_from(source, [(512 * KIB, MIB)], xxh3_64(), never())
     assert caught.value.errno == errno.EIO
 
 
@@ -245,6 +250,43 @@ async def test_a_target_that_hangs_holds_up_no_other(
     assert sorted(written) == [at * MIB for at in range(CARRY_THREADS_MAX)]
 
 
+async def test_a_copy_that_nobody_waits_for_stops_soon(
+    tmp_path: Path, some_io: FileIo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await open_file(make_file(tmp_path / "disk", pattern(16 * MIB)), some_io)
+    target = await open_file(make_file(tmp_path / "moved", b"", 16 * MIB), some_io)
+    go_on, written, pwritev = threading.Event(), [], os.pwritev
+
+    def slow(descriptor: int, buffers: object, offset: int, flags: int) -> int:
+        written.append(offset)
+        go_on.wait(10)
+        return pwritev(descriptor, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "pwritev", slow)
+    watch = Watch(math.inf, lambda: 0)
+    copying = asyncio.create_task(target.carry_from(source, [(0, 16 * MIB)], None, watch))
+    await eventually_async(lambda: written)
+    copying.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await copying
+    go_on.set()
+    await target.close()
+    await source.close()
+    assert written == [0]
+
+
+async def test_after_the_close_there_is_nothing_to_copy(sides, tmp_path, some_io) -> None:
+    content, source, _ = sides
+    target = await open_file(make_file(tmp_path / "closed", content), some_io)
+    await target.close()
+    for work in (
+        target.carry_from(source, [(0, MIB)], None, never()),
+        target.digests_stored([(0, MIB)]),
+    ):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            await work
+
+
 async def test_a_full_target_is_an_error(
     system: tuple[str, Path], tmp_path: Path, some_io: FileIo
 ) -> None:
@@ -253,7 +295,7 @@ async def test_a_full_target_is_an_error(
     target = await open_file(make_file(where / "target", b"", 60 * MIB), some_io)
     leave_free(where, 40 * MIB)
     with pytest.raises(OSError, match="No space"):
-        await target.carry_from(source, [(0, 60 * MIB)], None, NEVER)
+        await target.carry_from(source, [(0, 60 * MIB)], None, never())
     await source.close()
     await target.close()
 
@@ -279,6 +321,17 @@ async def test_what_is_stored_is_hashed_past_the_cache(
 async def test_a_file_that_became_shorter_has_no_digest(sides, tmp_path) -> None:
     _, source, _ = sides
     os.truncate(tmp_path / "source", MIB)
-    with pytest.raises(OSError, match="less") as caught:
+    with pytest.raises(OSError, match="shorter") as caught:
         await source.digests_stored([(0, 2 * MIB)])
     assert caught.value.errno == errno.EIO
+
+
+async def test_reads_that_come_in_parts_are_hashed_as_a_whole(
+    sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, source, _ = sides
+    preadv = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda file, views, offset, *_: preadv(file, [views[0][:8192]], offset)
+    )
+    assert await source.digests_stored([(0, MIB)]) == [xxh3_64_intdigest(content[:MIB])]
