@@ -151,12 +151,18 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.halted = True
         self._ready.clear()
         self._timers.clear()
-        for task in self._tasks:
-            if task.done():
-                continue
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
-            close(task.get_coro())
-        self._tasks.clear()
+        around = asyncio._get_running_loop()
+        # What the dying begin (`shield` of a close) is begun here, and thrown away as well; without
+        # a loop that runs asyncio would make them a real one, which nobody closes.
+        asyncio._set_running_loop(self)
+        try:
+            while self._tasks:
+                task = self._tasks.pop()
+                if not task.done():
+                    task._log_destroy_pending = False  # type: ignore[attr-defined]
+                    close(task.get_coro())
+        finally:
+            asyncio._set_running_loop(around)
         self._ready.clear()
         self._timers.clear()
 

@@ -164,14 +164,14 @@ class TestCalls:
     ) -> None:
         backend = await open_file(path, some_io)
         begun, may_end = threading.Event(), threading.Event()
-        real = descriptor._reopen
+        real = descriptor.reopen
 
         def slow(number: int) -> int:
             begun.set()
             may_end.wait(DEADLINE_S)
             return real(number)
 
-        monkeypatch.setattr(descriptor, "_reopen", slow)
+        monkeypatch.setattr(descriptor, "reopen", slow)
         reading = asyncio.create_task(backend.read_stored(0, 4096))
         await some_io.call(begun.wait, DEADLINE_S)
         reading.cancel()

@@ -325,7 +325,7 @@ asyncio.run(main())
     ) -> None:
         backend = await open_file(make_file(tmp_path / "disk", pattern(65536)), some_io)
         await backend.flush()
-        monkeypatch.setattr("mirrord.storage.descriptor._reopen", _refuse_direct)
+        monkeypatch.setattr("mirrord.storage.descriptor.reopen", _refuse_direct)
         for _ in range(2):
             assert bytes(await backend.read_stored(10, 60000)) == pattern(65536)[10:60010]
         await backend.close()
