@@ -6,7 +6,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 3# test processes, for two cores: a quarter of their time is waiting
+WORKERS ?= 3# test processes: on two cores, as some of them wait
 
 .PHONY: demo test lint bench bench-readme packages clean help
 .DELETE_ON_ERROR:

@@ -316,16 +316,17 @@ class Copier:
         return True
 
     async def _copy_here(self, offset: int, length: int, hasher: ChunkHasher | None) -> None:
-        """Read, hash and write one run."""
+        """Read, hash and write one run, at most a chunk of it at a time."""
         for extent in await self._extents(offset, length):
             if extent.status is Status.DATA:
-                try:
-                    data = await self._tracker.source.read_once(extent.offset, extent.length)
-                except OSError as error:
-                    raise SourceError(error, "read of the source failed", extent.offset) from error
-                if hasher is not None:
-                    hasher.update(data)
-                await self._write(extent.offset, data)
+                for at, count in split(extent.offset, extent.length, self._settings.chunk_bytes):
+                    try:
+                        data = await self._tracker.source.read_once(at, count)
+                    except OSError as error:
+                        raise SourceError(error, "read of the source failed", at) from error
+                    if hasher is not None:
+                        hasher.update(data)
+                    await self._write(at, data)
             else:
                 await self._write_zeroes(extent.offset, extent.length)
                 if hasher is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -139,3 +140,29 @@ async def test_a_piece_of_several_chunks_is_one_as_regards_its_rules(
     assert tracker.bitmap.clean(0, unit)
     assert not tracker.bitmap.clean(gap * unit, 1)
     await held.assert_moved(await held.cut_over())
+
+
+async def test_a_piece_that_the_loop_has_to_copy_is_read_chunk_by_chunk(
+    moved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many workers may have a piece when a target fails: their memory is what is bounded."""
+    lengths: list[int] = []
+    carried = 0
+    honest, read_once = DescriptorBackend.carry_from, DescriptorBackend.read_once
+
+    async def failing(self, source, runs, hasher, watch):
+        nonlocal carried
+        carried += 1
+        if sum(length for _, length in runs) > UNIT and carried % 2:
+            raise OSError(errno.EIO, "of the test")
+        return await honest(self, source, runs, hasher, watch)
+
+    async def noted(self, offset, length):
+        lengths.append(length)
+        return await read_once(self, offset, length)
+
+    monkeypatch.setattr(DescriptorBackend, "carry_from", failing)
+    monkeypatch.setattr(DescriptorBackend, "read_once", noted)
+    await moved(list(range(CHUNKS)))
+    assert lengths
+    assert max(lengths) == UNIT
