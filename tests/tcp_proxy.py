@@ -13,6 +13,7 @@ import contextlib
 import socket
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -63,6 +64,7 @@ class _Pair:
     def __init__(self, proxy: Proxy, writer: asyncio.StreamWriter) -> None:
         self._proxy = proxy
         self._writers = [writer]
+        proxy.writers.add(writer)
         self._task = asyncio.current_task()
 
     async def run(self, reader: asyncio.StreamReader) -> None:
@@ -76,6 +78,7 @@ class _Pair:
             self.end(gently=False)
             return
         self._writers.append(server)
+        proxy.writers.add(server)
         async with asyncio.TaskGroup() as group:
             for name, source, sink in (
                 ("to_server", reader, server),
@@ -158,6 +161,7 @@ class Proxy:
         for way in self.ways.values():
             way.flows.set()
         self.pairs: set[_Pair] = set()
+        self.writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._listener: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tcp proxy")
@@ -298,7 +302,12 @@ class Proxy:
         return asyncio.run_coroutine_threadsafe(what(), self._loop).result(CALL_S)
 
     async def _end_tasks(self) -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)  # what was just accepted gets its pair
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in self.writers:
+            writer.transport.abort()  # also what was closed gently and still has bytes to send
+        await asyncio.sleep(0)

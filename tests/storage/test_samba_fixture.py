@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
 import threading
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -253,6 +255,28 @@ def client(proxy: Proxy) -> Iterator[socket.socket]:
     """A connection through the proxy."""
     with socket.create_connection(("127.0.0.1", proxy.port), 10) as one:
         yield one
+
+
+def close_gently_unread(echo: int) -> None:
+    """Close connections whose peers read nothing of what is still to be sent."""
+    with Proxy(echo) as proxy, socket.create_connection(("127.0.0.1", proxy.port), 10) as one:
+        one.sendall(b"once")
+        assert one.recv(4, socket.MSG_WAITALL) == b"once"
+
+        def close_gently() -> None:
+            for writer in proxy.writers:
+                writer.write(bytes(16 << 20))
+            proxy.end_all(gently=True)
+
+        proxy._now(close_gently)
+
+
+def test_a_proxy_leaves_no_connection_behind(echo: int) -> None:
+    with warnings.catch_warnings(record=True) as leaked:
+        warnings.simplefilter("always", ResourceWarning)
+        close_gently_unread(echo)
+        gc.collect()
+    assert not [str(one.message) for one in leaked if one.category is ResourceWarning]
 
 
 def exchanged(client: socket.socket, data: bytes) -> bytes:

@@ -63,11 +63,13 @@ def smb_threads() -> list[str]:
 async def listening(handle: Handler) -> AsyncIterator[int]:
     """Be a server on a loopback port."""
     running: set[asyncio.Task[Any]] = set()
+    writers: list[asyncio.StreamWriter] = []
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         running.add(task)
+        writers.append(writer)
         ends = (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError)
         with contextlib.suppress(*ends):
             await handle(reader, writer)
@@ -81,6 +83,9 @@ async def listening(handle: Handler) -> AsyncIterator[int]:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+        for writer in writers:
+            writer.transport.abort()  # what is closed but still has bytes to send, too
+        await asyncio.sleep(0)
 
 
 async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
