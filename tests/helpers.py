@@ -11,8 +11,8 @@ import ctypes
 import os
 import shutil
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import pytest
 
@@ -92,3 +92,25 @@ def require_program(name: str) -> str:
     if path is None:
         pytest.skip(f"needs the program {name}")
     return path
+
+
+_telling: set[asyncio.Task[None]] = set()
+
+
+def tell_the_end(
+    work: Coroutine[Any, Any, None], ended: Callable[[OSError | None], None]
+) -> asyncio.Task[None]:
+    """Run `work`, and tell of its end as `Backend.begin_write` does."""
+
+    async def run() -> None:
+        try:
+            await work
+        except OSError as error:
+            ended(error)
+        else:
+            ended(None)
+
+    task = asyncio.get_running_loop().create_task(run())
+    _telling.add(task)
+    task.add_done_callback(_telling.discard)
+    return task

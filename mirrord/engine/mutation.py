@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mirrord.storage.backend import Backend, Buffer
@@ -24,6 +25,10 @@ class Mutation(ABC):
     async def mirror(self, backend: Backend) -> None:
         """Do it to the other leg: same content, no durability of its own (rule R10)."""
 
+    def begin_mirror(self, backend: Backend, ended: Callable[[OSError | None], None]) -> bool:
+        """Begin what `mirror` does, as `Backend.begin_write` does; False where that can't be."""
+        return False
+
 
 @dataclass(slots=True)
 class Write(Mutation):
@@ -39,6 +44,9 @@ class Write(Mutation):
 
     async def mirror(self, backend: Backend) -> None:
         await backend.write(self.offset, self.data)
+
+    def begin_mirror(self, backend: Backend, ended: Callable[[OSError | None], None]) -> bool:
+        return backend.begin_write(self.offset, self.data, ended)
 
 
 @dataclass(slots=True)

@@ -28,7 +28,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from errno import EIO, ETIMEDOUT
+from errno import EIO
 from typing import Any, TypeVar
 
 from bitarray import bitarray
@@ -39,6 +39,7 @@ from mirrord.core.ranges import Ticket
 from mirrord.engine.digests import Digests
 from mirrord.engine.disk import OtherSideError
 from mirrord.engine.intents import Intents
+from mirrord.engine.legs import Leg, Legs, late
 from mirrord.engine.locks import Locks
 from mirrord.engine.mutation import Mutation
 from mirrord.engine.settings import EngineSettings
@@ -102,11 +103,13 @@ class WriteTracker:
         self._mirror: Mirror | None = None
         self._flushing = asyncio.Lock()
         self._queued_flush: asyncio.Task[None] | None = None
-        # Legs and flushes that began: whoever is cancelled and whatever ends the job, they go on.
+        # Flushes that began: whoever is cancelled and whatever ends the job, they go on.
         self._owned: set[asyncio.Task[Any]] = set()
         self._in_flight: dict[int, tuple[int, int]] = {}
         self._next_token = 0
         self._watches: set[Watch] = set()  # one for each question to the target
+        self._loop = asyncio.get_running_loop()
+        self._legs = Legs(target, settings.target_budget_s, arrived=self._arrived)
         # A process before this one may have written to the target wherever a mark stands.
         self._target_unflushed = Unflushed(intents.map.count, intents.map.marked_bits())
         self._source_unflushed = Unflushed(intents.map.count)
@@ -197,7 +200,7 @@ class WriteTracker:
     def watch(self, limit_s: float | None = None) -> Iterator[Watch]:
         """Return a watch that `overdue` looks at meanwhile."""
         limit_s = self._settings.target_stall_s if limit_s is None else limit_s
-        watch = Watch(limit_s, asyncio.get_running_loop().time)
+        watch = Watch(limit_s, self._loop.time)
         self._watches.add(watch)
         try:
             yield watch
@@ -207,7 +210,7 @@ class WriteTracker:
     @property
     def overdue(self) -> bool:
         """Whether the target has not answered something within its limit."""
-        now_s = asyncio.get_running_loop().time()
+        now_s = self._loop.time()
         return any(watch.due_s < now_s for watch in self._watches)
 
     async def flush_target(self) -> None:
@@ -272,12 +275,14 @@ class WriteTracker:
     @property
     def target_busy(self) -> bool:
         """Whether something that was asked of the target on a guest's behalf has not ended."""
-        return bool(self._owned)
+        return bool(self._owned) or bool(self._legs)
 
     async def target_idle(self) -> None:
         """Return once nothing is asked of the target on a guest's behalf."""
-        while self._owned:
-            await asyncio.wait(self._owned)
+        while self.target_busy:
+            await self._legs.all_ended()
+            if self._owned:
+                await asyncio.wait(self._owned)
 
     async def flush_for_pivot(self) -> bool:
         """Flush the target past all else; False when it can't be believed any more."""
@@ -335,13 +340,13 @@ class WriteTracker:
         start = round_down(mutation.offset, unit)
         length = round_up(mutation.offset + mutation.length, unit) - start
         limit_s = self._settings.target_budget_s  # for lock and leg together
-        until_s = asyncio.get_running_loop().time() + limit_s
+        until_s = self._loop.time() + limit_s
         ticket = await self.locks.acquire_within(start, start + length, limit_s)
         if ticket is None:  # somebody's request to the target hangs in this range
-            self._fall_back(_late(limit_s), mutation.offset)
+            self._fall_back(late(limit_s), mutation.offset)
             await self._follow(mutation)
             return
-        leg: asyncio.Task[OSError | None] | None = None
+        leg: Leg | None = None
         try:
             # The world may have changed while we waited. A digest is forgotten under the lock,
             # so that a comparison under way can't call the chunk verified after this write. (An
@@ -358,7 +363,7 @@ class WriteTracker:
                 if self._mirror is not mirror:
                     await self._follow(mutation)
                     return
-                leg = self._own(self._leg(mutation))
+                leg = self._legs.begin(mutation)
                 equal = await self._both(mutation, leg, until_s)
             except BaseException:
                 self.bitmap.mark(start, length)
@@ -370,16 +375,14 @@ class WriteTracker:
         finally:
             self._unlock(ticket, leg)
 
-    async def _both(
-        self, mutation: Mutation, leg: asyncio.Task[OSError | None], until_s: float
-    ) -> bool:
+    async def _both(self, mutation: Mutation, leg: Leg, until_s: float) -> bool:
         """Wait for both legs; True when both sides have the mutation."""
         try:
             await mutation.apply(self.source)
         except OSError:
-            await self._outcome(leg, until_s)
+            await leg.outcome(until_s)
             raise
-        error = await self._outcome(leg, until_s)
+        error = await leg.outcome(until_s)
         if error is None:
             return True
         self._fall_back(error, mutation.offset)
@@ -395,14 +398,13 @@ class WriteTracker:
         start = round_down(mutation.offset, unit)
         length = round_up(mutation.offset + mutation.length, unit) - start
         ticket = await self.locks.acquire(start, start + length)
-        leg: asyncio.Task[OSError | None] | None = None
+        leg: Leg | None = None
         try:
             self.bitmap.mark(start, length)
             await self._intend_strictly(mutation)
-            leg = self._own(self._leg(mutation, strict=True))
+            leg = self._legs.begin(mutation, as_asked=True)
             await mutation.apply(self.source)
-            until_s = asyncio.get_running_loop().time() + self._settings.target_budget_s
-            error = await self._outcome(leg, until_s)
+            error = await leg.outcome(self._loop.time() + self._settings.target_budget_s)
         finally:
             self._unlock(ticket, leg)
         if error is not None:
@@ -415,12 +417,12 @@ class WriteTracker:
         except OSError as error:
             raise OtherSideError(EIO, "the intent map can't be written") from error
 
-    def _unlock(self, ticket: Ticket, leg: asyncio.Task[OSError | None] | None) -> None:
+    def _unlock(self, ticket: Ticket, leg: Leg | None) -> None:
         """Give the range back, but not before the target's leg has ended (R4)."""
-        if leg is None or leg.done():
+        if leg is None or leg.done:
             self.locks.release(ticket)
         else:
-            leg.add_done_callback(lambda _: self.locks.release(ticket))
+            leg.afterwards(lambda: self.locks.release(ticket))
 
     async def _flush_strictly(self) -> None:
         if self._strict_flush_failed:
@@ -432,7 +434,7 @@ class WriteTracker:
             raise OtherSideError(EIO, "the flush of the target failed") from error
 
     def _own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(work)
+        task = self._loop.create_task(work)
         self._owned.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -442,29 +444,8 @@ class WriteTracker:
         if not task.cancelled():
             task.exception()  # reported already, and raised to whoever still waits
 
-    async def _leg(self, mutation: Mutation, *, strict: bool = False) -> OSError | None:
-        try:
-            if strict:
-                await mutation.apply(self.target)
-            else:
-                await mutation.mirror(self.target)
-        except OSError as error:
-            return error
+    def _arrived(self, mutation: Mutation) -> None:
+        """Note that the target has a mutation."""
         self.target_wrote(mutation.offset, mutation.length)
         self.mirrored_bytes += mutation.length
         self._charge(mutation.length)
-        return None
-
-    async def _outcome(self, leg: asyncio.Task[OSError | None], until_s: float) -> OSError | None:
-        if not leg.done():
-            left_s = max(0.0, until_s - asyncio.get_running_loop().time())
-            await asyncio.wait((leg,), timeout=left_s)
-        if not leg.done():
-            return _late(self._settings.target_budget_s)
-        if leg.cancelled():
-            return OSError(EIO, "the job ended")
-        return leg.result()
-
-
-def _late(limit_s: float) -> OSError:
-    return OSError(ETIMEDOUT, f"the target did not answer within {limit_s:g} s")

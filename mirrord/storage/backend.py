@@ -146,6 +146,17 @@ class Backend(ABC):
         With `fua` the data is durable on return.
         """
 
+    def begin_write(
+        self, offset: int, data: Buffer, ended: Callable[[OSError | None], None]
+    ) -> bool:
+        """Begin what `write` does, if that goes without waiting for anything.
+
+        `ended` is called from the loop, once, after this call has returned; it must not raise.
+        `data` may change once this has returned. Return False, having begun nothing, where only
+        `write` works.
+        """
+        return False
+
     @abstractmethod
     async def write_zeroes(
         self, offset: int, length: int, *, fua: bool = False, punch: bool = True, fast: bool = False

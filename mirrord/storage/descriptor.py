@@ -27,7 +27,7 @@ import asyncio
 import errno
 import os
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -43,7 +43,7 @@ from mirrord.storage.carrying import (
     carry,
     digests,
 )
-from mirrord.storage.fileio import FileIo, outcome
+from mirrord.storage.fileio import FileIo, all_of, outcome
 from mirrord.storage.memory_pool import (
     PAGE_BYTES,
     PIECE_BYTES_MAX,
@@ -190,7 +190,7 @@ class DescriptorBackend(Backend):
         if at < end:
             pieces.append(self._io.read(cached, at, end - at))
             start = min(start, at) if start < stop else at
-        parts = [await pieces[0]] if len(pieces) == 1 else await _all(pieces)
+        parts = [await pieces[0]] if len(pieces) == 1 else await all_of(pieces)
         joined = parts[0] if len(parts) == 1 else b"".join(parts)
         if start == offset and len(joined) == length:
             return joined
@@ -219,6 +219,13 @@ class DescriptorBackend(Backend):
                 await self._use(self._io.write(self._descriptor, at, rest, dsync=False))
         else:
             await self._use(self._io.write(self._descriptor, offset, data, dsync=fua))
+
+    def begin_write(
+        self, offset: int, data: Buffer, ended: Callable[[OSError | None], None]
+    ) -> bool:
+        if self._direct or self.read_only:
+            return False
+        return self._io.begin_write(self._descriptor, offset, data, ended)
 
     async def write_once(self, offset: int, data: Buffer) -> None:
         """Write through the page cache, which hands it on at once and forgets it."""
@@ -287,7 +294,7 @@ class DescriptorBackend(Backend):
         if end > self._direct_end:
             at = max(offset, self._direct_end)
             pieces.append(self._io.write(cached, at, view[at - offset :], dsync=dsync))
-        await _all(pieces)
+        await all_of(pieces)
 
     async def _write_edge(self, offset: int, data: Buffer, dsync: bool) -> None:
         """Replace a part of one block, alone."""
@@ -358,7 +365,7 @@ class DescriptorBackend(Backend):
         return True
 
     async def _write_zero_piece(self, offset: int, length: int) -> None:
-        zeroes = _ZEROES if length == len(_ZEROES) else _ZEROES[:length]
+        zeroes = _ZEROES[:length]
         if self._direct:
             await self._write_pieces(offset, zeroes, False)
         else:
@@ -473,17 +480,6 @@ class DescriptorBackend(Backend):
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # an abandoned answer is nobody's unhandled error
-
-
-async def _all(pieces: list[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run the pieces side by side; return or raise only when every one has ended."""
-    results = await asyncio.gather(*pieces, return_exceptions=True)
-    answers: list[T] = []
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-        answers.append(result)
-    return answers
 
 
 def _blocks(offset: int, stop: int, unit: int) -> list[tuple[int, int, bool]]:

@@ -21,7 +21,7 @@ import asyncio
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
@@ -71,6 +71,12 @@ class FileIo(ABC):
 
         `data` that isn't `bytes` is copied first, so that an abandoned write stays what it was.
         """
+
+    def begin_write(
+        self, descriptor: int, offset: int, data: Buffer, ended: Callable[[OSError | None], None]
+    ) -> bool:
+        """Begin a write through the page cache; `Backend.begin_write` says what `ended` is."""
+        return False
 
     @abstractmethod
     async def read_direct(self, descriptor: int, offset: int, length: int) -> Buffer:
@@ -288,3 +294,14 @@ def _write_whole(descriptor: int, view: memoryview, offset: int, flags: int) -> 
         if done == 0:
             raise OSError(errno.EIO, "nothing was moved")
         view, offset = view[done:], offset + done
+
+
+async def all_of(pieces: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run the pieces side by side; return or raise only when every one has ended."""
+    results = await asyncio.gather(*pieces, return_exceptions=True)
+    answers: list[T] = []
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        answers.append(result)
+    return answers

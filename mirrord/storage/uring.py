@@ -26,7 +26,8 @@ import platform
 import struct
 import threading
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from mirrord.storage.backend import Buffer
 from mirrord.storage.durable import check
@@ -197,9 +198,55 @@ def _set_up(entries: int) -> tuple[int, bytes]:
     return descriptor, parameters.raw
 
 
+class _Begun:
+    """Takes a future's place for a write that nobody awaits: it is told, and goes on if short."""
+
+    __slots__ = ("address", "descriptor", "ended", "io", "keep", "length", "offset", "tries")
+
+    def __init__(
+        self, io: UringIo, descriptor: int, offset: int, keep: Buffer,
+        ended: Callable[[OSError | None], None],
+    ) -> None:  # fmt: skip
+        self.io = io
+        self.descriptor = descriptor
+        self.offset = offset
+        self.address = constant_address(keep)
+        self.length = len(keep)
+        self.keep = keep
+        self.ended = ended
+        self.tries = 0
+
+    def go_on(self) -> None:
+        """Start, or start the rest."""
+        self.io._start(
+            _OP_WRITE, self.descriptor, self.offset, self.address, self.length, 0,
+            keep=self.keep, tell=self,
+        )  # fmt: skip
+
+    def done(self) -> bool:
+        """Tell that the result is wanted: always."""
+        return False
+
+    def set_result(self, result: int | bytes) -> None:
+        """Take the kernel's result."""
+        if result == self.length:
+            self.ended(None)
+            return
+        try:
+            moved = _progress(cast(int, result), self.tries)
+        except OSError as error:
+            self.ended(error)
+            return
+        self.tries += 1
+        self.offset, self.address, self.length = (
+            self.offset + moved, self.address + moved, self.length - moved,
+        )  # fmt: skip
+        self.go_on()
+
+
 # What a started operation owns until its completion: the future, the descriptor, and its memory:
 # a slot to give back, or an object to keep alive. The last says "copy the slot's content out".
-_Entry = tuple["asyncio.Future[Any]", int, Slot | None, object, bool]
+_Entry = tuple["asyncio.Future[Any] | _Begun", int, Slot | None, object, bool]
 
 
 class UringIo(FileIo):
@@ -250,6 +297,12 @@ class UringIo(FileIo):
             )  # fmt: skip
             done += _progress(result, tries)
             tries += 1
+
+    def begin_write(
+        self, descriptor: int, offset: int, data: Buffer, ended: Callable[[OSError | None], None]
+    ) -> bool:
+        _Begun(self, descriptor, offset, constant(data), ended).go_on()
+        return True
 
     async def read_direct(self, descriptor: int, offset: int, length: int) -> Buffer:
         if length > POOLED_READ_BYTES_MAX:
@@ -328,10 +381,14 @@ class UringIo(FileIo):
     def _start(
         self, operation: int, descriptor: int, offset: int, address: int, length: int, flags: int,
         slot: Slot | None = None, keep: object = None, copy_out: bool = False,
-    ) -> asyncio.Future[Any]:  # fmt: skip
-        """Start an operation; the future's result is the kernel's, or the bytes copied out."""
+        tell: _Begun | None = None,
+    ) -> Any:  # fmt: skip
+        """Start an operation; the future's result is the kernel's, or the bytes copied out.
+
+        There is no future where something else is to be told of the result.
+        """
         loop = self._loop or self._attach()
-        future: asyncio.Future[Any] = loop.create_future()
+        future: asyncio.Future[Any] | _Begun = tell or loop.create_future()
         key = self._next_key = self._next_key + 1
         self._pending[key] = (future, descriptor, slot, keep, copy_out)
         if self._in_flight == self._ring.in_flight_max:

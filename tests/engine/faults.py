@@ -19,6 +19,7 @@ from mirrord.core.journal import Kind
 from mirrord.engine.store import JobStore
 from mirrord.storage.backend import Backend, Buffer, Cache, Hasher, Identity, Place, Watch
 from mirrord.storage.file import FileBackend
+from tests.helpers import tell_the_end
 
 T = TypeVar("T")
 DEADLINE_S = 10  # for what takes milliseconds
@@ -208,6 +209,12 @@ class FaultyBackend(Backend):
                     self._durable[offset : offset + len(data)] = data
 
         await self.faults.call("write", work, offset)
+
+    def begin_write(
+        self, offset: int, data: Buffer, ended: Callable[[OSError | None], None]
+    ) -> bool:
+        tell_the_end(self.write(offset, bytes(data)), ended)
+        return True
 
     async def write_zeroes(
         self, offset: int, length: int, *, fua: bool = False, punch: bool = True, fast: bool = False

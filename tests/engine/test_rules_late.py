@@ -141,7 +141,7 @@ async def test_r13_a_copy_across_a_failed_flush_counts_for_nothing(bench: CrashB
 async def test_r14_a_mirrored_write_is_answered_from_the_source(
     bench: CrashBench, how: str
 ) -> None:
-    """Broken: `_outcome` waits for ever; `_both` raises the target's error."""
+    """Broken: `Leg.outcome` waits for ever; `_both` raises the target's error."""
     await bench.hold_mirroring()
     if how == "hangs":
         bench.at_target.hang("write")

@@ -18,6 +18,7 @@ from xxhash import xxh3_64_intdigest
 
 from mirrord.core.geometry import Extent, Status, merge
 from mirrord.storage.backend import Backend, Buffer, Capabilities, Hasher, Identity, Watch
+from tests.helpers import tell_the_end
 from tests.sim.loop import elapse
 from tests.sim.world import World
 
@@ -212,6 +213,14 @@ class SimBackend(Backend):
         await self._call("write", effects, told=(offset, len(data), bytes(data[:BLOCK]).hex()))
         if fua:
             await self._sync(range(offset // BLOCK, -(-(offset + len(data)) // BLOCK)))
+
+    def begin_write(
+        self, offset: int, data: Buffer, ended: Callable[[OSError | None], None]
+    ) -> bool:
+        """Those that carry, as files do, can begin a write by themselves."""
+        if self._carries:
+            tell_the_end(self.write(offset, bytes(data)), ended)
+        return self._carries
 
     async def write_zeroes(
         self, offset: int, length: int, *, fua: bool = False, punch: bool = True, fast: bool = False

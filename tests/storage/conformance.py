@@ -87,6 +87,32 @@ class BackendConformance:
             await backend.write(at * MIB, buffer)
             assert bytes(await backend.read(at * MIB, len(data))) == data
 
+    async def test_a_write_that_is_begun_is_told_of_once(self, backend: Backend) -> None:
+        """... after the call, and its data is as it was then; or nothing was begun."""
+        told: list[OSError | None] = []
+        ended = asyncio.Event()
+
+        def end(error: OSError | None) -> None:
+            told.append(error)
+            ended.set()
+
+        for offset, length in self.RANGES:
+            ended.clear()
+            told.clear()
+            around = pattern(SIZE, 7)
+            await backend.write(0, around)
+            data = pattern(length)
+            changing = bytearray(data)
+            if not backend.begin_write(offset, memoryview(changing), end):
+                await expect(backend, around, (offset, length))
+                continue
+            changing[:] = bytes(length)
+            assert not told
+            await ended.wait()
+            assert told == [None]
+            expected = around[:offset] + data + around[offset + length :]
+            await expect(backend, expected, (offset, length))
+
     async def test_what_was_read_does_not_change(self, backend: Backend) -> None:
         await backend.write(0, pattern(64 * KIB, 1))
         before = await backend.read(0, 64 * KIB)
@@ -218,8 +244,13 @@ class BackendConformance:
         await asyncio.sleep(0)
         for task in tasks:
             task.cancel()
+        begun: list[OSError | None] = []
+        expected = sum(
+            backend.begin_write(at * 65536, bytes(9000), begun.append) for at in range(100)
+        )
         async with asyncio.timeout(DEADLINE_S):
             await backend.close()
+            assert begun == [None] * expected
             await backend.close()
         await asyncio.gather(*tasks, return_exceptions=True)
 

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -108,6 +108,41 @@ class TestRing:
             await change()
         results = iter([100, -errno.EINTR, 1000])
         assert bytes(await small.read(cached, 4096, 8192)) == b"d" * 4096 + b"c" * 4096
+        os.close(cached)
+
+    async def test_a_begun_write_goes_on_and_tells_how_it_ended(
+        self, small, descriptor, tmp_path, monkeypatch
+    ) -> None:
+        cached = os.open(tmp_path / "file", os.O_RDWR)
+        real = small._ring.reap
+        results: Iterator[int] = iter(())
+
+        def reap() -> list[tuple[int, int, int]]:
+            return [(key, next(results, result), flags) for key, result, flags in real()]
+
+        monkeypatch.setattr(small._ring, "reap", reap)
+        told: asyncio.Queue[OSError | None] = asyncio.Queue()
+        for wanted, number in (
+            ([-errno.EAGAIN, 512, 1024, -errno.EINTR], None),
+            ([1000, -errno.ENOSPC], errno.ENOSPC),
+            ([0], errno.EIO),
+            ([-errno.EAGAIN] * 100, errno.EAGAIN),
+        ):
+            data = os.urandom(4096)
+            results = iter(wanted)
+            assert small.begin_write(cached, 4096, data, told.put_nowait)
+            error = await asyncio.wait_for(told.get(), DEADLINE_S)
+            assert (error and error.errno) == number
+            assert told.empty()
+            if number is None:
+                assert os.pread(cached, 4096, 4096) == data
+        results = iter(())
+        many = [os.urandom(512) for _ in range(100)]  # more than the rings hold
+        for at, data in enumerate(many):
+            small.begin_write(cached, at * 512, data, told.put_nowait)
+        for _ in many:
+            assert await asyncio.wait_for(told.get(), DEADLINE_S) is None
+        assert os.pread(cached, 51200, 0) == b"".join(many)
         os.close(cached)
 
     async def test_endless_interruption_is_an_error(self, small, descriptor, monkeypatch) -> None:
