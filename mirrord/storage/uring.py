@@ -3,7 +3,8 @@
 `Ring` is the shared memory and its counters, `UringIo` makes the interface of `fileio` of it:
 
 * Operations of one loop iteration go to the kernel in one io_uring_enter(2), through call_soon.
-* Completions are announced on an eventfd that the loop watches; each resolves a future.
+* The loop watches the ring's own descriptor, readable while there are completions; each resolves
+  a future.
 * The rings can't overflow: at most as many operations are in flight as the completion ring has
   entries, later ones wait in a queue here, first come first served; a full submission ring is
   handed over at once.
@@ -12,7 +13,7 @@
 
 The kernel itself decides how an operation runs: at once (page cache), by the device's interrupt
 (O_DIRECT), or in one of its worker threads. See io_uring(7), io_uring_setup(2),
-io_uring_enter(2), io_uring_register(2).
+io_uring_enter(2).
 """
 
 from __future__ import annotations
@@ -42,8 +43,7 @@ from mirrord.storage.memory_pool import (
     new_aligned,
 )
 
-_SYS_SETUP, _SYS_ENTER, _SYS_REGISTER = 425, 426, 427  # the same on every machine
-_REGISTER_EVENTFD = 4
+_SYS_SETUP, _SYS_ENTER = 425, 426  # the same on every machine
 _OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
 _SETUP_CLAMP, _SETUP_COOP_TASKRUN = 1 << 4, 1 << 8
 _FEATURE_SINGLE_MMAP, _FEATURE_NODROP = 1 << 0, 1 << 1
@@ -79,7 +79,6 @@ _setup = _syscall(ctypes.c_uint, ctypes.c_void_p)
 _enter = _syscall(
     ctypes.c_int, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_size_t
 )
-_register = _syscall(ctypes.c_int, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint)
 
 
 class Ring:
@@ -122,13 +121,6 @@ class Ring:
         # x86 orders loads by itself; elsewhere a lock's acquire orders the ring's tail before
         # the entries that it announces.
         self._fence = None if platform.machine() == "x86_64" else threading.Lock()
-
-    def watch(self) -> int:
-        """Return an eventfd that becomes readable when completions arrive. The caller's."""
-        descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        number = ctypes.c_int(descriptor)
-        check(_register(_SYS_REGISTER, self.fd, _REGISTER_EVENTFD, ctypes.byref(number), 1))
-        return descriptor
 
     def prepare(
         self, operation: int, descriptor: int, offset: int, address: int, length: int, flags: int,
@@ -259,7 +251,7 @@ class UringIo(FileIo):
         super().__init__()
         self._ring = Ring(entries)
         self.pool = pool or BufferPool()
-        self._eventfd = self._ring.watch()
+        self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pending: dict[int, _Entry] = {}
         self._backlog: deque[tuple[int, int, int, int, int, int, int]] = deque()
@@ -368,12 +360,11 @@ class UringIo(FileIo):
     async def close(self) -> None:
         while self._pending:
             await self._one_reaped()
-        if self._eventfd >= 0:
+        if not self._closed:
             if self._loop is not None:
-                self._loop.remove_reader(self._eventfd)
+                self._loop.remove_reader(self._ring.fd)
             self._ring.close()
-            os.close(self._eventfd)
-            self._eventfd = -1
+            self._closed = True
         await super().close()
 
     # The shell around the ring. No await below: each function runs to its end undisturbed.
@@ -408,12 +399,12 @@ class UringIo(FileIo):
 
     def _attach(self) -> asyncio.AbstractEventLoop:
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._eventfd, self._on_event)
+        self._loop.add_reader(self._ring.fd, self._reap)
         return self._loop
 
     def _submit_now(self) -> None:
         self._submit_scheduled = False
-        if self._eventfd >= 0:
+        if not self._closed:
             self._submit()
 
     def _submit(self) -> None:
@@ -427,11 +418,7 @@ class UringIo(FileIo):
             assert self._loop is not None
             self._loop.call_later(_RETRY_DELAY_S, self._submit_now)
 
-    def _on_event(self) -> None:
-        try:
-            os.eventfd_read(self._eventfd)
-        except BlockingIOError:
-            return
+    def _reap(self) -> None:
         pending, give = self._pending, self.pool.give
         reaped = self._ring.reap()
         for key, result, _ in reaped:
