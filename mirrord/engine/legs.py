@@ -15,6 +15,7 @@ from typing import Any
 
 from mirrord.engine.mutation import Mutation
 from mirrord.storage.backend import Backend
+from mirrord.storage.completion import Completion
 
 
 class Leg:
@@ -28,11 +29,11 @@ class Leg:
         self.error: OSError | None = None
         self.until_s = math.inf  # when whoever waits gives up
         self._legs = legs
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: Completion | None = None
         self._after: Callable[[], None] | None = None
 
     def ended(self, error: OSError | None) -> None:
-        """Note the end; who waits goes on in the loop's next round."""
+        """Note the end, and let others go on: who waits, else who comes afterwards."""
         self.done, self.error = True, error
         self._legs.forget(self, error)
         self.wake()
@@ -49,7 +50,7 @@ class Leg:
     async def outcome(self, until_s: float) -> OSError | None:
         """Return what came of it: None for good, ETIMEDOUT when it isn't known by `until_s`."""
         if not self.done:
-            self._waiter = self._legs.loop.create_future()
+            self._waiter = Completion(self._legs.loop)
             self.until_s = until_s
             self._legs.watch(until_s)
             try:
@@ -61,8 +62,8 @@ class Leg:
 
     def wake(self) -> None:
         """Let whoever waits look again."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            self._waiter.end(None)
 
 
 class Legs:
@@ -131,7 +132,7 @@ class Legs:
         self._timer, self._timer_s = None, math.inf
         now_s = self.loop.time()
         next_s = math.inf
-        for leg in self._live:
+        for leg in tuple(self._live):
             if leg.until_s <= now_s:
                 leg.wake()
             else:

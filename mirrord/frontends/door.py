@@ -3,9 +3,10 @@
 Frontends check a request before it gets here: its range lies inside the disk and isn't empty.
 A failure is an `OSError` with an errno, and nothing else.
 
-A frontend starts each of these coroutines by hand, outside any task, and only makes a task of one
-that has to wait: so before its first `await` that waits, none may use `asyncio.current_task` or
-`asyncio.timeout`. Once started, one runs to its end, whether or not its client is still there.
+A frontend starts each of these coroutines by hand, outside any task. One that waits for a
+`Completion` goes on by hand, too; only one that waits for anything else becomes a task. So before
+that, none may use `asyncio.current_task` or `asyncio.timeout`. Once started, one runs to its end,
+whether or not its client is still there.
 """
 
 from __future__ import annotations

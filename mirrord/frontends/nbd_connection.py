@@ -1,9 +1,9 @@
 """One NBD connection: between a transport, the protocol and the door.
 
 Every receive brings a batch: its requests are parsed together, each is started by hand at once,
-and what ends at once (the page cache had it) is answered with one send. Only a request that has
-to wait becomes a task, and the task is the server's: when the connection dies it still runs to
-its end, and its answer is dropped.
+and what ends at once (the page cache had it) is answered with one send. One that waits for a single
+`Completion` is carried on by hand when that has come; any other becomes a task. Both are the
+server's: when the connection dies they still run to their end, and their answers are dropped.
 
 Reading stops, and the connection stays, while
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Coroutine, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from mirrord.core.geometry import KIB, Extent
@@ -30,6 +31,7 @@ from mirrord.nbd import wire
 from mirrord.nbd.handshake import Handshake
 from mirrord.nbd.session import Request, Session, cost
 from mirrord.nbd.wire import CMD_FLAG_FUA, CMD_READ, CMD_WRITE
+from mirrord.storage.completion import Completion
 
 if TYPE_CHECKING:
     from mirrord.frontends.nbd_server import NbdServer
@@ -254,20 +256,45 @@ class Connection(asyncio.BufferedProtocol):
             except Exception as error:
                 self._fail(request, error)
             else:
-                self._server.own(self._finish(request, carry_on(work, waits_for)))
+                self._wait(request, work, waits_for)
                 continue
             ended += 1
             freed_bytes += length if command <= CMD_WRITE else cost(request)
         session.done(ended, freed_bytes)
 
+    def _wait(self, request: Request, work: Coroutine[Any, Any, Any], waits_for: Any) -> None:
+        """Have the rest of a request done when what it waits for has come."""
+        if type(waits_for) is Completion:
+            self._server.waits(1)
+            waits_for.then = partial(self._go_on, request, work)
+        else:
+            self._server.own(self._finish(request, carry_on(work, waits_for)))
+
+    def _go_on(self, request: Request, work: Coroutine[Any, Any, Any]) -> None:
+        """Take the next step by hand."""
+        self._server.waits(-1)
+        try:
+            waits_for = work.send(None)
+        except StopIteration as stop:
+            self._answer(request, stop.value)
+        except Exception as error:
+            self._fail(request, error)
+        else:
+            self._wait(request, work, waits_for)
+            return
+        self._ended(request)
+
     async def _finish(self, request: Request, rest: Awaitable[Any]) -> None:
-        session = cast(Session, self.session)
         try:
             value = await rest
         except Exception as error:
             self._fail(request, error)
         else:
             self._answer(request, value)
+        self._ended(request)
+
+    def _ended(self, request: Request) -> None:
+        session = cast(Session, self.session)
         session.done(1, cost(request))
         if session.ended and not session.in_flight:
             self._server.settled(self)

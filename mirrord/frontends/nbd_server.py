@@ -67,6 +67,7 @@ class NbdServer:
         self._held_bytes = 0
         self._waking = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._by_hand = 0  # requests that wait and have no task
         self._changed = asyncio.Event()  # something ended: `stop` looks again
         self._next_id = 1
 
@@ -102,7 +103,7 @@ class NbdServer:
             clean = True
         except TimeoutError:
             clean = False
-            logger.warning("stopped in_flight=%d", len(self._tasks))
+            logger.warning("stopped in_flight=%d", len(self._tasks) + self._by_hand)
         for connection in list(self._connections):
             connection.abort()
         while self._connections:  # their transports are closed in the next turn of the loop
@@ -123,7 +124,7 @@ class NbdServer:
         """Tell whether something is in flight or on its way out."""
         for connection in self._connections:
             connection.close_if_done()
-        return bool(self._tasks) or any(c.has_unsent for c in self._connections)
+        return bool(self._tasks or self._by_hand) or any(c.has_unsent for c in self._connections)
 
     # Accepting.
 
@@ -186,6 +187,12 @@ class NbdServer:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
+
+    def waits(self, change: int) -> None:
+        """Note that one request more, or less, waits that has no task."""
+        self._by_hand += change
+        if change < 0:
+            self._changed.set()
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -2,9 +2,10 @@
 
 `Ring` is the shared memory and its counters, `UringIo` makes the interface of `fileio` of it:
 
-* Operations of one loop iteration go to the kernel in one io_uring_enter(2), through call_soon.
-* The loop watches the ring's own descriptor, readable while there are completions; each resolves
-  a future.
+* Operations of one loop iteration go to the kernel in one io_uring_enter(2), through call_soon;
+  but at once if it has none of ours.
+* The loop watches the ring's own descriptor, readable while there are completions. Whoever waits
+  for one may go on at once, and may start more (`Completion`).
 * The rings can't overflow: at most as many operations are in flight as the completion ring has
   entries, later ones wait in a queue here, first come first served; a full submission ring is
   handed over at once.
@@ -31,6 +32,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from mirrord.storage.backend import Buffer
+from mirrord.storage.completion import Completion
 from mirrord.storage.durable import check
 from mirrord.storage.fileio import FileIo
 from mirrord.storage.memory_pool import (
@@ -215,11 +217,7 @@ class _Begun:
             keep=self.keep, tell=self,
         )  # fmt: skip
 
-    def done(self) -> bool:
-        """Tell that the result is wanted: always."""
-        return False
-
-    def set_result(self, result: int | bytes) -> None:
+    def end(self, result: int | bytes) -> None:
         """Take the kernel's result."""
         if result == self.length:
             self.ended(None)
@@ -236,9 +234,9 @@ class _Begun:
         self.go_on()
 
 
-# What a started operation owns until its completion: the future, the descriptor, and its memory:
+# What a started operation owns until its completion: who is told, the descriptor, and its memory:
 # a slot to give back, or an object to keep alive. The last says "copy the slot's content out".
-_Entry = tuple["asyncio.Future[Any] | _Begun", int, Slot | None, object, bool]
+_Entry = tuple[Completion | _Begun, int, Slot | None, object, bool]
 
 
 class UringIo(FileIo):
@@ -374,28 +372,30 @@ class UringIo(FileIo):
         slot: Slot | None = None, keep: object = None, copy_out: bool = False,
         tell: _Begun | None = None,
     ) -> Any:  # fmt: skip
-        """Start an operation; the future's result is the kernel's, or the bytes copied out.
+        """Start an operation; its result is the kernel's, or the bytes copied out.
 
-        There is no future where something else is to be told of the result.
+        `tell` is told of it; without that, what is returned can be awaited for it.
         """
         loop = self._loop or self._attach()
-        future: asyncio.Future[Any] | _Begun = tell or loop.create_future()
+        completion = tell or Completion(loop)
         key = self._next_key = self._next_key + 1
-        self._pending[key] = (future, descriptor, slot, keep, copy_out)
+        self._pending[key] = (completion, descriptor, slot, keep, copy_out)
         if self._in_flight == self._ring.in_flight_max:
             self._backlog.append((operation, descriptor, offset, address, length, flags, key))
-            return future
+            return completion
         if self._ring.queued == self._ring.entries:
             self._submit()
             if self._ring.queued == self._ring.entries:  # the kernel is out of memory just now
                 self._backlog.append((operation, descriptor, offset, address, length, flags, key))
-                return future
+                return completion
         self._in_flight += 1
         self._ring.prepare(operation, descriptor, offset, address, length, flags, key)
-        if not self._submit_scheduled:
+        if self._in_flight == 1:
+            self._submit()  # the kernel has nothing to do: each moment counts
+        elif not self._submit_scheduled:
             self._submit_scheduled = True
             loop.call_soon(self._submit_now)
-        return future
+        return completion
 
     def _attach(self) -> asyncio.AbstractEventLoop:
         self._loop = asyncio.get_running_loop()
@@ -421,16 +421,15 @@ class UringIo(FileIo):
     def _reap(self) -> None:
         pending, give = self._pending, self.pool.give
         reaped = self._ring.reap()
+        self._in_flight -= len(reaped)
         for key, result, _ in reaped:
-            future, _, slot, _, copy_out = pending.pop(key)
+            completion, _, slot, _, copy_out = pending.pop(key)
             answer: int | bytes = result
             if slot is not None:
                 if copy_out and result > 0:
                     answer = slot.view[:result].tobytes()
                 give(slot)
-            if not future.done():
-                future.set_result(answer)
-        self._in_flight -= len(reaped)
+            completion.end(answer)
         if self._backlog:
             self._go_on()
         if self._settling:

@@ -9,9 +9,38 @@ from collections.abc import Sequence
 
 from mirrord.core.geometry import Extent, Status
 from mirrord.nbd.wire import Buffer
+from mirrord.storage.completion import Completion
 
 SIZE = 1 << 20
 WAIT_S = 20  # for what happens within milliseconds on an idle machine
+
+
+class Gate:
+    """Closed at first. Requests wait before it in the three ways that a disk has."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._completions: list[Completion] = []
+
+    async def wait(self, way: int) -> None:
+        """Wait for a future, or for a completion, which may come with a further wait."""
+        if way == 0:
+            await self._event.wait()
+            return
+        completion = Completion(asyncio.get_running_loop())
+        self._completions.append(completion)
+        assert await completion == "open"
+        if way == 1:
+            completion = Completion(asyncio.get_running_loop())
+            asyncio.get_running_loop().call_soon(completion.end, "again")
+            assert await completion == "again"
+            await asyncio.sleep(0)
+
+    def open(self) -> None:
+        """Let all go on."""
+        self._event.set()
+        for completion in self._completions:
+            completion.end("open")
 
 
 class MemoryDoor:
@@ -31,18 +60,18 @@ class MemoryDoor:
         self.errors: dict[str, BaseException] = {}  # by the request's name
         self.short_reads = False
         self.zeroes_only = False  # keep nothing, answer zeroes: for sizes larger than memory
-        self._gates: dict[str, asyncio.Event] = {}
+        self._gates: dict[str, Gate] = {}
         self._changed = asyncio.Event()
 
     def close_gate(self, *names: str) -> None:
         """Make requests of these names wait, from now on."""
         for name in names:
-            self._gates[name] = asyncio.Event()
+            self._gates[name] = Gate()
 
     def open_gate(self, *names: str) -> None:
         """Let them go on."""
         for name in names or tuple(self._gates):
-            self._gates.pop(name).set()
+            self._gates.pop(name).open()
 
     async def until(self, *, started: int = 0, ended: int = 0) -> None:
         """Wait until so many requests have begun, or ended."""
@@ -59,7 +88,7 @@ class MemoryDoor:
         self._changed.set()
         try:
             if name in self._gates:
-                await self._gates[name].wait()
+                await self._gates[name].wait(self.started.total() % 3)
             if name in self.errors:
                 raise self.errors[name]
         finally:

@@ -19,8 +19,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nbd": {"errors", "core"},
     "smb": {"errors", "core"},
     "storage": {"errors", "core", "smb", "engine.store"},  # job_files: the engine's interface
-    "engine": {"errors", "core", "storage.backend"},  # never a concrete backend
-    "frontends": {"errors", "core", "nbd", "engine", "storage.backend"},
+    # never a concrete backend
+    "engine": {"errors", "core", "storage.backend", "storage.completion"},
+    "frontends": {"errors", "core", "nbd", "engine", "storage.backend", "storage.completion"},
     "control": {"errors", "core"},
     "service": {"errors", "core", "nbd", "smb", "storage", "engine", "frontends", "control"},
     "cli": {"errors", "core", "control", "service"},
