@@ -95,12 +95,13 @@ async def test_a_program_that_fails_is_logged(
 
 
 async def test_what_a_program_leaves_behind_holds_nobody_up(tmp_path: Path) -> None:
-    gone = tmp_path / "gone"
-    program = script(tmp_path, f"(while [ ! -e {gone} ]; do :; done) &")
+    end = tmp_path / "end"
+    os.mkfifo(end)
+    program = script(tmp_path, f"(read line < {end}) &")
     try:
         await asyncio.wait_for(tell(Config(on_done=[program]), job("done")), 20)
     finally:
-        gone.touch()
+        await asyncio.to_thread(end.write_bytes, b"now\n")
 
 
 async def test_a_word_that_no_program_can_get_is_logged(tmp_path: Path, expect_log, caplog) -> None:
