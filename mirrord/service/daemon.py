@@ -44,6 +44,7 @@ def run(config: Config) -> int:
     )
     address = Path(config.socket or directories.runtime / "control.sock").absolute()
     check_socket_path(address)
+    config.nbd_access()  # a group that doesn't exist, before a disk needs it
     state.prepare(directories)
     locks = [_lock(directories.state, "state"), _lock(directories.runtime, "runtime")]
     try:

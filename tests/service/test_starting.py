@@ -65,6 +65,22 @@ def test_paths_that_are_too_long(make_daemon: MakeDaemon, tmp_path: Path) -> Non
     refused(start_another(daemon, runtime_dir=long), long)
 
 
+def test_a_group_that_does_not_exist(daemon: Daemon, tmp_path: Path) -> None:
+    disk = tmp_path / "vm.raw"
+    disk.write_bytes(bytes(MIB))
+    daemon.attach("vm", disk)
+    daemon.kill()
+    config = tmp_path / "mirrord.toml"
+    config.write_text('nbd_socket_group = "nobody-has-it"')
+    done = start_another(daemon, config=config)
+    assert done.returncode == 2, done
+    assert done.stderr == (
+        "mirrord: nbd_socket_group: there is no group nobody-has-it on this system\n"
+    )
+    daemon.start()
+    assert daemon.json("show", "vm")["state"] == "serving"
+
+
 def test_a_name_that_makes_the_path_too_long(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     daemon = make_daemon()
     deep = daemon.root / ("r" * (80 - len(str(daemon.root))))
