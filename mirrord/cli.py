@@ -23,7 +23,18 @@ from mirrord.control.client import Client
 from mirrord.control.messages import AttachRequest, Job, MoveRequest
 from mirrord.core.units import check_name, parse_rate
 from mirrord.errors import MirrordError, RefusedError, UsageError
-from mirrord.options import Cache, Cutover, Json, Mode, Name, PhaseChoice, Socket, Verify
+from mirrord.libvirt_commands import commands as libvirt_commands
+from mirrord.options import (
+    Cache,
+    Cutover,
+    Json,
+    Mode,
+    Name,
+    PhaseChoice,
+    Socket,
+    Verify,
+    open_client,
+)
 from mirrord.service.places import absolute
 from mirrord.waiting import WaitTimeoutError, follow, has_reached
 
@@ -49,6 +60,7 @@ app = typer.Typer(
 
 credential = typer.Typer(help="Try the credentials of shares.", no_args_is_help=True)
 app.add_typer(credential, name="credential")
+app.add_typer(libvirt_commands, name="libvirt")
 
 
 @app.callback(invoke_without_command=True)
@@ -387,11 +399,7 @@ def doctor(
 
 
 def _client(socket: Path | None) -> Client:
-    if socket is None:
-        from mirrord.service.config import default_socket
-
-        socket = default_socket()
-    client = Client(socket.absolute())
+    client = open_client(socket)
     _at_end.callback(client.close)
     return client
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mirrord.control.client import Client
+
 
 class Cache(StrEnum):
     writeback = "writeback"
@@ -57,3 +59,12 @@ Socket = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The disk.", show_default=False)]
+
+
+def open_client(socket: Path | None) -> Client:
+    """Return a client of the daemon at `socket`, or at the place where this user's would be."""
+    if socket is None:
+        from mirrord.service.config import default_socket
+
+        socket = default_socket()
+    return Client(socket.absolute())

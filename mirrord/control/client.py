@@ -54,7 +54,7 @@ class Client:
 
     def __init__(self, path: Path) -> None:
         check_socket_path(path)
-        self._path = path
+        self.path = path
         self._connection = _Connection(path)
 
     def close(self) -> None:
@@ -130,14 +130,14 @@ class Client:
         if isinstance(error, PermissionError):
             return RefusedError(
                 "forbidden",
-                f"this user may not use the daemon at {self._path}; run as root or as its user",
+                f"this user may not use the daemon at {self.path}; run as root or as its user",
             )
         if isinstance(error, TimeoutError):
             return MirrordError(
-                f"the daemon at {self._path} has not answered for {ANSWER_DEADLINE_S:.0f} s"
+                f"the daemon at {self.path} has not answered for {ANSWER_DEADLINE_S:.0f} s"
             )
         return NoDaemonError(
-            f"no daemon answers at {self._path}; start one with 'mirrord daemon', "
+            f"no daemon answers at {self.path}; start one with 'mirrord daemon', "
             "or name its socket with --socket"
         )
 

@@ -305,11 +305,12 @@ def test_version_and_help() -> None:
     assert commands == [
         "daemon", "attach", "ls", "show", "move", "jobs", "job", "pause", "resume", "cancel",
         "cutover", "limit", "wait", "detach", "upgrade", "demo", "doctor", "credential",
+        "libvirt",
     ]  # fmt: skip
     for command in commands:
         code, out, _ = run(command, "--help")
         assert code == 0
-        assert "--socket" in out or command in ("demo", "credential")
+        assert "--socket" in out or command in ("demo", "credential", "libvirt")
     code, out, error = run()
     assert (code, out) == (2, "")
     assert "Commands:" in error

@@ -268,7 +268,8 @@ def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path: Path) -> None:
     script = f"""
 import sys
 import mirrord.cli
-heavy = {{"smbprotocol", "cryptography", "spnego", "aiohttp", "mirrord.doctor", "rich"}}
+heavy = {{"smbprotocol", "cryptography", "spnego", "aiohttp", "mirrord.doctor", "rich", "lxml",
+    "libvirt"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 sys.argv = ["mirrord", "doctor", "--config", {str(config)!r}]
 mirrord.cli.main()

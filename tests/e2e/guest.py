@@ -29,6 +29,7 @@ RECORD_BYTES = 64
 BOOT_S = 60  # 4 s alone on a core; the suite runs two workers on two
 REPOSITORY = Path(__file__).resolve().parents[2]
 ACKED = re.compile(r"acked (\d+)")
+COMPLAINT = re.compile(r"failed|I/O error|EXT4-fs (error|warning)|aborted|timeout|hung", re.I)
 
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -189,8 +190,7 @@ class Guest:
 
     def complaints(self) -> list[str]:
         """Return what guest or QEMU said about errors: none, if the disk never failed them."""
-        wrong = re.compile(r"failed|I/O error|EXT4-fs (error|warning)|aborted|timeout|hung", re.I)
-        return [line for line in self.console if wrong.search(line)]
+        return [line for line in self.console if COMPLAINT.search(line)]
 
 
 def make_file_system(disk: Path, size_bytes: int) -> None:

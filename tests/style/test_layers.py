@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "frontends": {"errors", "core", "nbd", "engine", "storage.backend", "storage.completion"},
     "control": {"errors", "core"},
     "service": {"errors", "core", "nbd", "smb", "storage", "engine", "frontends", "control"},
-    "cli": {"errors", "core", "control", "service"},
+    "libvirt": {"errors", "core", "control", "service.places"},
+    "cli": {"errors", "core", "control", "service", "libvirt"},
     "__main__": {"cli"},
     "": set(),  # mirrord/__init__.py
 }
@@ -40,7 +41,7 @@ MODULES = python_files("mirrord")
 
 
 # Modules of one layer, without a folder.
-COMMAND_LINE = {"cli", "demo", "display", "doctor", "options", "waiting"}
+COMMAND_LINE = {"cli", "demo", "display", "doctor", "libvirt_commands", "options", "waiting"}
 
 
 def layer(name: str) -> str:
