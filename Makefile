@@ -8,13 +8,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 3# test processes: on two cores, as some of them wait
 
-.PHONY: demo test lint bench bench-readme packages clean help
+# Where it is installed, and with which Python it runs then; EXTRAS=kerberos builds what that needs.
+PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+DESTDIR ?=
+SYSTEM_PYTHON ?= /usr/bin/python3
+EXTRAS ?=
+WHEELS := build/wheels
+PAGES := build/pages
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find mirrord -name '*.py') pyproject.toml
+INSTALL := DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" SYSCONFDIR="$(SYSCONFDIR)" \
+	PYTHON="$(SYSTEM_PYTHON)" PIP="$(abspath $(BIN))/python -m pip --disable-pip-version-check" \
+	WHEELS="$(abspath $(WHEELS))" PAGES="$(abspath $(PAGES))" packaging/install
+
+.PHONY: demo test lint bench bench-readme packages install uninstall deb clean help
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 	@echo 'make lint   ruff and mypy alone'
 	@echo 'make bench SCENARIOS="nbd copy"   some of it; make bench-readme writes the figures down'
+	@echo 'make install PREFIX=/usr/local   and make uninstall; make deb builds a Debian package'
 	@echo 'make clean  remove .venv, caches and everything else that was made here'
 
 demo: $(VENV)/.installed
@@ -36,6 +51,31 @@ bench: $(VENV)/.installed-for-tests
 
 bench-readme: $(VENV)/.installed
 	$(BIN)/python -m bench readme
+
+# All that needs the network is in the wheels: whoever made them can install without it.
+install: $(WHEELS)/.ours $(PAGES)/.made
+	$(INSTALL)
+
+uninstall:
+	$(INSTALL) uninstall
+
+deb: $(WHEELS)/.ours $(PAGES)/.made
+	packaging/build-deb
+
+$(WHEELS)/.made: pyproject.toml | $(BIN)/python
+	rm -rf $(WHEELS)
+	$(PIP) --python $(SYSTEM_PYTHON) wheel --quiet --quiet --wheel-dir $(WHEELS) ".$(EXTRAS:%=[%])"
+	touch $@
+
+$(WHEELS)/.ours: $(WHEELS)/.made $(SOURCES)
+	rm -f $(WHEELS)/mirrord-*
+	$(PIP) --python $(SYSTEM_PYTHON) wheel --quiet --quiet --no-deps --wheel-dir $(WHEELS) .
+	touch $@
+
+$(PAGES)/.made: $(SOURCES) packaging/pages.py systemd/mirrord.toml | $(VENV)/.installed
+	rm -rf $(PAGES)
+	$(BIN)/python packaging/pages.py $(PAGES)
+	touch $@
 
 packages:
 	.ci/packages

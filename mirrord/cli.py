@@ -25,6 +25,7 @@ from mirrord.core.units import check_name, parse_rate
 from mirrord.errors import MirrordError, RefusedError, UsageError
 from mirrord.libvirt_commands import commands as libvirt_commands
 from mirrord.options import (
+    COMPLETE_VARIABLE,
     Cache,
     Cutover,
     Json,
@@ -33,6 +34,7 @@ from mirrord.options import (
     PhaseChoice,
     Socket,
     Verify,
+    disk_names,
     open_client,
 )
 from mirrord.service.places import absolute
@@ -223,7 +225,13 @@ def move(
 @app.command()
 def jobs(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Only this disk's.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="Only this disk's.",
+            show_default=False,
+            autocompletion=disk_names,
+        ),
     ] = None,
     json: Json = False,
     socket: Socket = None,
@@ -339,7 +347,8 @@ def detach(
 @app.command()
 def upgrade(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these disks.")
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Only these disks.", autocompletion=disk_names),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Although they are of its version.")
@@ -431,6 +440,10 @@ def _complain(code: str, message: str, json: bool) -> None:
 
 def main() -> int:
     """Run the command line and return its exit code."""
+    if COMPLETE_VARIABLE in os.environ:
+        from typer.completion import completion_init  # else only for its --install-completion
+
+        completion_init()
     with _at_end:
         return _run("--json" in sys.argv[1:])
 

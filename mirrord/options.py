@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +11,23 @@ from typing import Annotated
 import typer
 
 from mirrord.control.client import Client
+from mirrord.errors import MirrordError
+
+COMPLETE_VARIABLE = "_MIRRORD_COMPLETE"  # set by the shell that wants to know what may follow
+# Whoever presses the tabulator waits: a daemon that is busy for longer isn't asked.
+COMPLETE_DEADLINE_S = 1.0
+
+
+def disk_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the disks that may be meant, for a shell's completion; none without a daemon."""
+    from mirrord.service.config import default_socket
+
+    named = context.params.get("socket") or os.environ.get("MIRRORD_SOCKET") or default_socket()
+    with contextlib.suppress(MirrordError):
+        client = Client(Path(named).absolute(), deadline_s=COMPLETE_DEADLINE_S)
+        with contextlib.closing(client):
+            return [disk.name for disk in client.disks() if disk.name.startswith(incomplete)]
+    return []
 
 
 class Cache(StrEnum):
@@ -58,7 +77,10 @@ Socket = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The disk.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="The disk.", show_default=False, autocompletion=disk_names),
+]
 
 
 def open_client(socket: Path | None) -> Client:

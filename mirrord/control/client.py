@@ -35,8 +35,8 @@ Answer = TypeVar("Answer")
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=ANSWER_DEADLINE_S)
+    def __init__(self, path: Path, deadline_s: float) -> None:
+        super().__init__("localhost", timeout=deadline_s)
         self._path = path
 
     def connect(self) -> None:
@@ -52,10 +52,11 @@ class _Connection(http.client.HTTPConnection):
 class Client:
     """The daemon at one control socket. Connects at the first request and stays connected."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, deadline_s: float = ANSWER_DEADLINE_S) -> None:
         check_socket_path(path)
         self.path = path
-        self._connection = _Connection(path)
+        self._deadline_s = deadline_s
+        self._connection = _Connection(path, deadline_s)
 
     def close(self) -> None:
         """Hang up. Idempotent."""
@@ -134,7 +135,7 @@ class Client:
             )
         if isinstance(error, TimeoutError):
             return MirrordError(
-                f"the daemon at {self.path} has not answered for {ANSWER_DEADLINE_S:.0f} s"
+                f"the daemon at {self.path} has not answered for {self._deadline_s:.0f} s"
             )
         return NoDaemonError(
             f"no daemon answers at {self.path}; start one with 'mirrord daemon', "

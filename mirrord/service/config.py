@@ -84,7 +84,9 @@ def _group_id(key: str, name: str | None) -> int | None:
 
 
 def default_state_dir() -> Path:
-    """Return /var/lib/mirrord for root, else a directory of the user's own."""
+    """Return what systemd gives the service; /var/lib/mirrord for root, else one of the user's."""
+    if given := os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5)
+        return Path(given)
     if os.geteuid() == 0:
         return Path("/var/lib/mirrord")
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
@@ -92,7 +94,9 @@ def default_state_dir() -> Path:
 
 
 def default_runtime_dir() -> Path:
-    """Return /run/mirrord for root, else a directory of the user's own."""
+    """Return what systemd gives the service; /run/mirrord for root, else one of the user's."""
+    if given := os.environ.get("RUNTIME_DIRECTORY"):  # systemd.exec(5)
+        return Path(given)
     if os.geteuid() == 0:
         return Path("/run/mirrord")
     base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/mirrord-{os.geteuid()}"
