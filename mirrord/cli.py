@@ -441,9 +441,9 @@ def _complain(code: str, message: str, json: bool) -> None:
 def main() -> int:
     """Run the command line and return its exit code."""
     if COMPLETE_VARIABLE in os.environ:
-        from typer.completion import completion_init  # else only for its --install-completion
+        from typer.completion import get_completion_inspect_parameters
 
-        completion_init()
+        get_completion_inspect_parameters()  # makes the shells known to typer
     with _at_end:
         return _run("--json" in sys.argv[1:])
 

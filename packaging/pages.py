@@ -75,7 +75,8 @@ def _overview(program: Any, commands: list[tuple[list[str], Any]]) -> str:
     )
     return (
         _title("mirrord", 1, _first_lower(program.help))
-        + f".SH SYNOPSIS\n.B mirrord\n.I command\n.RI [ option ]...\n.br\n{_bold('mirrord --version')}"
+        + ".SH SYNOPSIS\n.B mirrord\n.I command\n.RI [ option ]...\n.br\n"
+        + _bold("mirrord --version")
         + f".SH DESCRIPTION\n{_text(program.help)}\n"
         + f".SH COMMANDS\n{listed}"
         + _exit_status(program.epilog)
@@ -102,7 +103,7 @@ def _page(words: list[str], command: Any, epilog: str) -> str:
         body += "".join(_entry(each.make_metavar(None), "", each) for each in arguments)
     body += ".SH OPTIONS\n"
     body += "".join(_entry(", ".join(each.opts), _value(each), each) for each in options)
-    body += ".TP\n.BR \\-h \", \" \\-\\-help\nShow the options.\n"
+    body += '.TP\n.BR \\-h ", " \\-\\-help\nShow the options.\n'
     if any("--socket" in each.opts for each in options):
         body += _environment()
     return body + _exit_status(epilog) + ".SH SEE ALSO\n.BR mirrord (1)\n"
@@ -113,7 +114,7 @@ def _entry(name: str, value: str, parameter: Any) -> str:
     if default is None and value and parameter.default is not None:
         default = str(getattr(parameter.default, "value", parameter.default))
     known = f"\nDefault: {_text(default)}." if default else ""
-    shown = f".BI {_text(name)} \" {_text(value)}\"\n" if value else _bold(name)
+    shown = f'.BI {_text(name)} " {_text(value)}"\n' if value else _bold(name)
     return f".TP\n{shown}{_text(parameter.help)}{known}\n"
 
 
@@ -137,7 +138,8 @@ def _first_lower(sentence: str) -> str:
 def _exit_status(epilog: str) -> str:
     """Return the section made from the help's last line, "Exit codes: 0 done, 1 …"."""
     codes = re.findall(r"(\d+) ([^,.]+)", epilog)
-    return ".SH EXIT STATUS\n" + "".join(f".TP\n.B {code}\n{_text(means)}\n" for code, means in codes)
+    listed = (f".TP\n.B {code}\n{_text(means)}\n" for code, means in codes)
+    return ".SH EXIT STATUS\n" + "".join(listed)
 
 
 def _environment() -> str:

@@ -16,7 +16,6 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from mirrord.control.sockets import dial, peer
@@ -29,27 +28,30 @@ DEADLINE_S = 20.0
 def end_disks(directories: Directories, deadline_s: float = DEADLINE_S) -> list[str]:
     """Tell every disk's process to end and wait for it; return the names of those that are left.
 
-    Those of a process that doesn't listen yet, or any more, are left to end by themselves.
+    A process that is just starting can't be told: whoever ends the system does.
     """
     give_up = time.monotonic() + deadline_s
-    ending = list(_told(directories))
+    told = {name: _tell(directories, name) for name in directories.disk_names()}
     left = []
-    for name, pidfd in ending:
-        with os.fdopen(pidfd):
-            ended, _, _ = select.select([pidfd], [], [], max(0.0, give_up - time.monotonic()))
+    for name, pidfd in told.items():
+        if pidfd is None:
+            continue
+        ended, _, _ = select.select([pidfd], [], [], max(0.0, give_up - time.monotonic()))
+        os.close(pidfd)
         if not ended:
             left.append(name)
     return left
 
 
-def _told(directories: Directories) -> Iterator[tuple[str, int]]:
-    for name in directories.disk_names():
-        with contextlib.suppress(ConnectionRefusedError, FileNotFoundError, ProcessLookupError):
-            with dial(directories.channel(name)) as connection:
-                pid, _, _ = peer(connection)
-            pidfd = os.pidfd_open(pid)
-            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-            yield name, pidfd
+def _tell(directories: Directories, name: str) -> int | None:
+    """Tell one to end, and return its pidfd; None where nobody serves the disk."""
+    with contextlib.suppress(ConnectionRefusedError, FileNotFoundError, ProcessLookupError):
+        with dial(directories.channel(name)) as connection:
+            pid, _, _ = peer(connection)
+        pidfd = os.pidfd_open(pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        return pidfd
+    return None
 
 
 def main() -> int:

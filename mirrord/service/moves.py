@@ -52,6 +52,9 @@ class Process(Protocol):
     @property
     def serving(self) -> bool: ...
 
+    @property
+    def outdated(self) -> bool: ...
+
     async def call(self, verb: str, answer: type[Answer], **params: object) -> Answer: ...
 
     async def refresh(self) -> DiskStatus | None: ...
@@ -173,6 +176,12 @@ class Moves:
     async def move(self, disk: str, location: str, target: str, request: MoveRequest) -> Job:
         """Ask for a move. Raises RefusedError; then nothing has changed."""
         process = self._process_of(disk)
+        if process.outdated:
+            raise RefusedError(
+                "disk-outdated",
+                f"disk {disk} is served by a process of another version of mirrord; replace it "
+                f"first: 'mirrord upgrade {disk}'",
+            )
         self._refuse_second(disk)
         move = self._reserve(disk, location, target, request)
         job_id = move.record.id
@@ -290,7 +299,7 @@ class Moves:
                 process = self._process_of(move.record.disk)
             except RefusedError:
                 continue  # a refused disk: its move stays queued and says so
-            if process.serving:
+            if process.serving and not process.outdated:  # else it waits for the upgrade
                 move.starting = True
                 self._group.create_task(self._start_queued(move), name=f"start {job_id}")
 

@@ -37,6 +37,7 @@ from mirrord.service.moves import Moves
 from mirrord.service.places import check_location, same_location
 from mirrord.service.state import Directories, DiskRecord
 from mirrord.service.supervisor import DiskProcess
+from mirrord.service.systemd import granted
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +202,8 @@ class Registry:
             await asyncio.to_thread(self._refuse_served, record)
             await asyncio.to_thread(self._prepare_attach, record)
             attached = self._keep(name, record)
-            await self._attach_settled(attached)
+            with granted():
+                await self._attach_settled(attached)
         except BaseException:
             await asyncio.shield(self._undo_attach(attached, name))
             raise
@@ -304,7 +306,7 @@ class Registry:
         """Have a disk served by a process of this version. Raises RefusedError."""
         process = self._process_of(name)
         status = await process.refresh()
-        if force or status is None or status.version != mirrord.__version__:
+        if force or status is None or process.outdated:
             await process.renew()
             log.info("upgraded %s", fields(disk=name, version=mirrord.__version__))
         return await self._describe(name)
@@ -331,7 +333,8 @@ class Registry:
         attached = self._attached(name)
         target = check_location(request.target)
         location = attached.record.location if attached.record else ""
-        return await self._moves.move(name, location, target, request)
+        with granted():
+            return await self._moves.move(name, location, target, request)
 
     async def test_credential(self, request: CredentialTestRequest) -> CredentialTest:
         """Try a share's settings in a process of its own. Raises UsageError, RefusedError."""

@@ -1,7 +1,7 @@
 """The files of the state directory that name disks and jobs, and the sockets' places.
 
     STATE/lock                    one daemon a state directory (flock)
-    STATE/version                 refuses a directory that another version made
+    STATE/version                 its layout: an older one is read, a newer one refused
     STATE/disks/NAME/disk.json    the disk, once its attach has succeeded
     STATE/disks/NAME/attach.json  an attach under way; without disk.json it never happened
     STATE/disks/NAME/lock         flock of the disk process: the fence
@@ -31,6 +31,8 @@ from mirrord.control.sockets import check_socket_path
 from mirrord.errors import DamagedError, RefusedError
 from mirrord.storage import durable
 
+# The layout that is written here. Each record has that of its writer: an older one is read (and
+# brought up to date where it is written again), a newer one is refused.
 VERSION = 1
 
 
@@ -117,7 +119,7 @@ def _entries(directory: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def prepare(directories: Directories) -> None:
-    """Make both directories and what lies in them; refuse a state directory of another version.
+    """Make both directories and what lies in them; refuse a state directory of a newer version.
 
     Raises RefusedError (`state-unwritable`, `state-version`), DamagedError.
     """
@@ -164,27 +166,29 @@ def _unwritable(kind: str, path: Path, error: OSError) -> RefusedError:
 
 
 def _check_version(path: Path) -> None:
+    """Refuse what a newer version made; from now on older ones refuse what is made here."""
     try:
-        text = path.read_text()
+        text = path.read_text().strip()
     except FileNotFoundError:
-        try:
-            replace_file(path, f"{VERSION}\n".encode())
-        except OSError as error:
-            raise _unwritable("state", path.parent, error) from error
-        return
+        text = "0"
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedError(f"{path} can't be read ({error}); nothing was changed") from error
-    if text.strip() != str(VERSION):
-        if text.strip().isdecimal():
-            raise RefusedError(
-                "state-version",
-                f"{path.parent} was made by another version of mirrord (its layout is "
-                f"{text.strip()}, this one knows {VERSION}); use that version",
-            )
+    if not text.isdecimal():
         raise DamagedError(
             f"{path} is damaged: it should hold the number {VERSION}; if the directory is "
             f"mirrord's, write that number into it"
         )
+    if int(text) > VERSION:
+        raise RefusedError(
+            "state-version",
+            f"{path.parent} was written by a newer mirrord (its layout is {text}, this one knows "
+            f"{VERSION}): install that version again, or give another --state-dir",
+        )
+    if int(text) < VERSION:
+        try:
+            replace_file(path, f"{VERSION}\n".encode())
+        except OSError as error:
+            raise _unwritable("state", path.parent, error) from error
 
 
 def take_lock(path: Path) -> int | None:
@@ -199,13 +203,23 @@ def take_lock(path: Path) -> int | None:
     return None
 
 
+class _Versioned(msgspec.Struct):
+    """Any record, whatever else it has."""
+
+    version: int = VERSION
+
+
 def read_record(path: Path, kind: type[Record]) -> Record:
     """Read a record. Raises FileNotFoundError, DamagedError (naming the file)."""
     try:
-        record = msgspec.json.decode(path.read_bytes(), type=kind)
-        if getattr(record, "version", VERSION) != VERSION:
-            raise DamagedError(f"{path} was written by another version of mirrord; use that one")
-        return record
+        content = path.read_bytes()
+        version = msgspec.json.decode(content, type=_Versioned).version
+        if version > VERSION:
+            raise DamagedError(
+                f"{path} was written by a newer mirrord (its layout is {version}, this one knows "
+                f"{VERSION}): install that version again"
+            )
+        return msgspec.json.decode(content, type=kind)
     except FileNotFoundError:
         raise
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -215,7 +229,9 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
 
 def write_record(path: Path, record: DiskRecord | JobRecord | Job) -> None:
-    """Replace the record at `path`; durable on return."""
+    """Replace the record at `path`, in this version's layout; durable on return."""
+    if not isinstance(record, Job):
+        record = msgspec.structs.replace(record, version=VERSION)
     encoded = msgspec.json.format(msgspec.json.encode(record), indent=1)
     replace_file(path, encoded + b"\n")
 

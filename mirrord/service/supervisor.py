@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+import mirrord
 from mirrord.control.messages import DiskState, DiskStatus, Job, Problem, Report
 from mirrord.control.sockets import Access, dial, listen, peer, remove_socket
 from mirrord.errors import MirrordError, RefusedError
@@ -103,6 +104,14 @@ class DiskProcess:
     @property
     def serving(self) -> bool:
         return self.state == "serving"
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the process is of another version than the program on disk.
+
+        It must not begin what it would have to load code for: that would be the other version's.
+        """
+        return self.status is not None and self.status.version != mirrord.__version__
 
     async def call(self, verb: str, answer: type[Answer], **params: Any) -> Answer:
         """Ask the process, waiting a while for one that is being started.

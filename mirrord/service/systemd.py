@@ -6,10 +6,18 @@ systemd all of it is quiet.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
+
+from mirrord.errors import RefusedError
 
 _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
+# How a place that the unit doesn't grant looks from inside: not there, or not to be written.
+_NOT_GRANTED = frozenset(
+    {"location-missing", "directory-missing", "directory-not-writable", "unreadable", "unreachable"}
+)
 
 
 class Systemd:
@@ -46,3 +54,18 @@ class Systemd:
         listener = socket.socket(fileno=_FIRST_DESCRIPTOR)
         listener.setblocking(False)
         return listener
+
+
+@contextlib.contextmanager
+def granted() -> Iterator[None]:
+    """Have a refusal of a place say, in the service, that its unit may be the reason."""
+    try:
+        yield
+    except RefusedError as error:
+        if error.code not in _NOT_GRANTED or "RUNTIME_DIRECTORY" not in os.environ:
+            raise
+        raise RefusedError(
+            error.code,
+            f"{error}; the service may use only places that its unit grants: see places.conf, "
+            "beside its README",
+        ) from error

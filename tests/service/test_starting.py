@@ -224,7 +224,7 @@ def test_the_watchdog_is_fed(make_daemon: MakeDaemon, monkeypatch: pytest.Monkey
             with pytest.raises(TimeoutError):
                 [manager.recv(100) for _ in range(10)]
         finally:
-            os.kill(daemon.pid, signal.SIGCONT)
+            daemon.kill()
 
 
 def test_a_socket_that_systemd_made(make_daemon: MakeDaemon) -> None:
