@@ -60,7 +60,7 @@ uninstall:
 	$(INSTALL) uninstall
 
 deb: $(WHEELS)/.ours $(PAGES)/.made
-	packaging/build-deb
+	SYSTEM_PYTHON="$(SYSTEM_PYTHON)" packaging/build-deb
 
 $(WHEELS)/.made: pyproject.toml | $(BIN)/python
 	rm -rf $(WHEELS)

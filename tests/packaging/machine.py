@@ -48,10 +48,13 @@ exec unshare --mount --pid --fork --kill-child --ipc --uts --net --cgroup --prop
 
 INSIDE = r"""
 set -eu
-mount -t tmpfs tmpfs "$1"
-mkdir "$1"/{upper,work,root}
-root=$1/root
-mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$root"
+memory=$1/memory
+mount -t tmpfs tmpfs "$memory"
+mkdir "$memory"/{upper,work,root}
+root=$memory/root
+mount -t overlay overlay -o "lowerdir=/,upperdir=$memory/upper,workdir=$memory/work" "$root"
+mkdir -p "$root/mnt/shared"
+mount --bind "$1/shared" "$root/mnt/shared"
 mount -t proc proc "$root/proc"
 mount -t sysfs sysfs "$root/sys"
 if [ -e /sys/fs/cgroup/cgroup.procs ]; then
@@ -90,7 +93,9 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self._group = f"mirrord-test-{os.getpid()}-{folder.name}"
-        self._folder = folder
+        self.shared = folder / "shared"  # which it has as /mnt/shared
+        for each in (self.shared, folder / "memory"):
+            each.mkdir()
         self._process = subprocess.Popen(
             ["bash", "-c", OUTSIDE, "bash", str(folder), self._group, INSIDE],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -155,7 +160,7 @@ class Machine:
     def close(self) -> None:
         """End it, whatever it does, and remove what it was."""
         self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
+        self._process.communicate()
         for hierarchy in ("", "systemd", "unified", "devices"):
             group = Path("/sys/fs/cgroup", hierarchy, self._group)
             eventually(lambda group=group: _removed(group), what=f"{group} is empty")
