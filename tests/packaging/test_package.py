@@ -148,8 +148,8 @@ def moves_files(host: Machine) -> None:
 
 def refuses_other_places(host: Machine) -> None:
     """Say in one line where a place is granted."""
-    host.run("mkdir /opt/vms; truncate -s 1M /opt/vms/x.raw /root/x.raw")
-    for words in ("attach x /opt/vms/x.raw", "attach x /root/x.raw", "attach x /dev/loop0",
+    host.run("mkdir /opt/vms; truncate -s 1M /opt/vms/x.raw ~/x.raw")
+    for words in ("attach x /opt/vms/x.raw", "attach x ~/x.raw", "attach x /dev/loop0",
                   "move vm /opt/vms/"):  # fmt: skip
         refused = host.run(f"mirrord {words}", check=False)
         assert (refused.returncode, refused.stderr.count("\n")) == (4, 1), refused
