@@ -36,7 +36,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mirrord demo
 
 # A folder of its own for the tests' disks: what an earlier run left mounted can't disturb this one.
-test: packages lint
+test: packages lint $(WHEELS)/.ours $(PAGES)/.made
 	folder=$$(mktemp -d -t mirrord-tests-XXXXXX) && \
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal --basetemp="$$folder" $(PYTEST_ARGS) && \
 	rm -rf "$$folder"

@@ -338,7 +338,8 @@ class Registry:
 
     async def test_credential(self, request: CredentialTestRequest) -> CredentialTest:
         """Try a share's settings in a process of its own. Raises UsageError, RefusedError."""
-        return await share_test.ask(request.location, self._config.smb)
+        with granted():
+            return await share_test.ask(request.location, self._config.smb)
 
     async def job_changed(self, within_s: float) -> None:
         """Return when a job has changed its phase, or after `within_s`."""

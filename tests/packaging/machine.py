@@ -53,6 +53,7 @@ mount -t tmpfs tmpfs "$memory"
 mkdir "$memory"/{upper,work,root}
 root=$memory/root
 mount -t overlay overlay -o "lowerdir=/,upperdir=$memory/upper,workdir=$memory/work" "$root"
+mount --make-rshared "$root" # as systemd wants it where it isn't the container's affair
 mkdir -p "$root/mnt/shared"
 mount --bind "$1/shared" "$root/mnt/shared"
 mount -t proc proc "$root/proc"
@@ -82,6 +83,7 @@ ip link set lo up
 cat /proc/sys/kernel/random/uuid | tr -d - >"$root/etc/machine-id"
 : >"$root/etc/fstab"
 rm -rf "$root"/etc/systemd/system/*.wants "$root"/usr/sbin/policy-rc.d
+rm -f "$root/var/lib/man-db/auto-update" # seconds for an index that nobody reads
 for unit in MASKED; do ln -sf /dev/null "$root/etc/systemd/system/$unit"; done
 exec chroot "$root" /usr/bin/env -i container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin \
     /lib/systemd/systemd --system --unit=basic.target --show-status=no
