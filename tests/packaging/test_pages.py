@@ -141,3 +141,38 @@ def test_completion(
     assert "alpha" not in press(pages, ["mirrord", "show", "al"]), "of no daemon"
     monkeypatch.setenv("MIRRORD_SOCKET", str(daemon.socket))
     assert "alpha" in press(pages, ["mirrord", "show", "al"])
+
+
+def test_what_is_installed_around_the_program(pages: Path, tmp_path: Path) -> None:
+    """With PREFIX, where each thing is looked for; the configuration is never overwritten."""
+    root = tmp_path / "root"
+    prefix = root / "usr" / "local"
+    environment = {
+        "PATH": os.environ["PATH"], "DESTDIR": str(root), "PREFIX": "/usr/local",
+        "SYSCONFDIR": "/etc", "PAGES": str(pages),
+    }  # fmt: skip
+
+    def run(what: str) -> None:
+        subprocess.run([ROOT / "packaging" / "install", what], check=True, env=environment)
+
+    run("surroundings")
+    units = prefix / "lib" / "systemd" / "system"
+    for unit, line in (
+        ("mirrord.service", "ExecStart=/usr/local/bin/mirrord daemon"),
+        ("mirrord-disks.service", "ExecStop=/usr/local/lib/mirrord/bin/python -P -m"),
+    ):
+        assert f"\n{line}" in (units / unit).read_text()
+    for path in (
+        "lib/sysusers.d/mirrord.conf", "lib/tmpfiles.d/mirrord.conf",
+        "lib/systemd/system/mirrord.socket", "share/man/man1/mirrord-move.1",
+        "share/man/man5/mirrord.toml.5", "share/bash-completion/completions/mirrord",
+        "share/zsh/site-functions/_mirrord", "share/fish/vendor_completions.d/mirrord.fish",
+        "share/doc/mirrord/README.md", "share/doc/mirrord/places.conf",
+    ):  # fmt: skip
+        assert (prefix / path).is_file(), path
+    config = root / "etc" / "mirrord" / "mirrord.toml"
+    config.write_text("# mine")
+    run("surroundings")
+    assert config.read_text() == "# mine"
+    run("uninstall")
+    assert [path for path in root.rglob("*") if not path.is_dir()] == [config]
