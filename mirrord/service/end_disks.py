@@ -1,6 +1,6 @@
 """End the disks' processes in good order: `mirrord-disks.service` runs this when it stops.
 
-    python -m mirrord.service.end_disks STATE RUNTIME
+    python -m mirrord.service.end_disks RUNTIME
 
 The daemon must have ended before, for it starts again what ends. Each process flushes what its
 guests wrote and ends within ten seconds, all at the same time; a guest that is still connected is
@@ -19,19 +19,18 @@ import time
 from pathlib import Path
 
 from mirrord.control.sockets import dial, peer
-from mirrord.service.state import Directories
 
 # Twice what a process promises: its last flush may be just before its end.
 DEADLINE_S = 20.0
 
 
-def end_disks(directories: Directories, deadline_s: float = DEADLINE_S) -> list[str]:
+def end_disks(runtime: Path, deadline_s: float = DEADLINE_S) -> list[str]:
     """Tell every disk's process to end and wait for it; return the names of those that are left.
 
     A process that is just starting can't be told: whoever ends the system does.
     """
     give_up = time.monotonic() + deadline_s
-    told = {name: _tell(directories, name) for name in directories.disk_names()}
+    told = {channel.stem: _tell(channel) for channel in sorted(runtime.glob("disks/*.sock"))}
     left = []
     for name, pidfd in told.items():
         if pidfd is None:
@@ -43,10 +42,10 @@ def end_disks(directories: Directories, deadline_s: float = DEADLINE_S) -> list[
     return left
 
 
-def _tell(directories: Directories, name: str) -> int | None:
-    """Tell one to end, and return its pidfd; None where nobody serves the disk."""
+def _tell(channel: Path) -> int | None:
+    """Tell the process at its private channel to end, and return its pidfd; None if it's gone."""
     with contextlib.suppress(ConnectionRefusedError, FileNotFoundError, ProcessLookupError):
-        with dial(directories.channel(name)) as connection:
+        with dial(channel) as connection:
             pid, _, _ = peer(connection)
         pidfd = os.pidfd_open(pid)
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
@@ -56,8 +55,8 @@ def _tell(directories: Directories, name: str) -> int | None:
 
 def main() -> int:
     """Run it, and return the exit code."""
-    state, runtime = map(Path, sys.argv[1:])
-    left = end_disks(Directories(state, runtime))
+    (runtime,) = map(Path, sys.argv[1:])
+    left = end_disks(runtime)
     for name in left:
         print(
             f"mirrord: the process of disk {name} has not ended within {DEADLINE_S:.0f} s; "

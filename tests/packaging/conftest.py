@@ -34,7 +34,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for old in built.parent.glob("tested-*.deb"):
                 old.unlink()
             done = subprocess.run(
-                ["make", "deb", "DEB_ARGUMENTS=-Zzstd -z1"], cwd=ROOT, capture_output=True, text=True
+                ["make", "deb", "DEB_ARGUMENTS=-Zzstd -z1"],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
             )
             assert done.returncode == 0, done.stderr
             shutil.copy(done.stdout.split()[-1], built)

@@ -91,6 +91,7 @@ def test_an_upgrade_under_a_guest_and_a_removal(
     writer.check(client.read)
     client.close()
     host.run("systemctl stop mirrord-disks")
+    assert host.run("mirrord ls", check=False).returncode == 5, "a client started it again"
     assert processes(host, "daemon") + processes(host, "disk_process") == []
     host.run("dpkg --remove mirrord")
     for path in ("/usr/lib/mirrord", "/usr/bin/mirrord", "/run/mirrord"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mirrord.errors import RefusedError, UsageError
-from mirrord.service import config
+from mirrord.service import config, systemd
 from mirrord.service.config import Config, read_config
 
 
@@ -90,6 +90,27 @@ def test_the_places_of_root_and_of_others(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(config.default_config_file()) == "/c/mirrord/mirrord.toml"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert str(config.default_runtime_dir()) == "/tmp/mirrord-1000/mirrord"
+
+
+def test_places_of_a_service_are_those_that_systemd_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/other")
+    monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/other")
+    assert str(config.default_state_dir()) == "/var/lib/other"
+    assert str(config.default_socket()) == "/run/other/control.sock"
+
+
+@pytest.mark.parametrize(("code", "advised"), [("location-missing", True), ("in-use", False)])
+def test_a_refused_place_says_in_a_service_that_its_unit_may_be_why(
+    monkeypatch: pytest.MonkeyPatch, code: str, advised: bool
+) -> None:
+    with pytest.raises(RefusedError, match=r"^no$"), systemd.granted():
+        raise RefusedError(code, "no")
+    monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/mirrord")
+    with pytest.raises(RefusedError) as refused, systemd.granted():
+        raise RefusedError(code, "no")
+    assert ("places.conf" in str(refused.value), refused.value.code) == (advised, code)
 
 
 @pytest.mark.parametrize("program", ["tell", "/etc/passwd", "/nowhere/tell", "/tmp/\0"])

@@ -166,7 +166,6 @@ def test_the_disks_processes_end_when_they_are_told(
     """What mirrord-disks.service does: with a guest, without one, and where one hangs."""
     daemon = make_daemon()
     daemon.start()
-    directories = Directories(daemon.state, daemon.runtime)
     client = Client(daemon.attach("vm", disk), "vm")
     for name in ("other", "stuck"):
         (tmp_path / name).write_bytes(bytes(MIB))
@@ -174,10 +173,10 @@ def test_the_disks_processes_end_when_they_are_told(
     pids = {name: daemon.disk_pid(name) for name in ("vm", "other", "stuck")}
     daemon.stop()
     os.kill(pids["stuck"], 19)  # SIGSTOP
-    assert end_disks.end_disks(directories, deadline_s=1) == ["stuck"]
+    assert end_disks.end_disks(daemon.runtime, deadline_s=1) == ["stuck"]
     for name in ("vm", "other"):
         eventually(lambda pid=pids[name]: command_line(pid) in ([], [""]), what=f"{name} ended")
     assert command_line(pids["stuck"]) not in ([], [""])
     client.close()
     daemon.kill_disk("stuck")
-    assert end_disks.end_disks(directories, deadline_s=1) == []
+    assert end_disks.end_disks(daemon.runtime, deadline_s=1) == []
