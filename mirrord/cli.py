@@ -98,10 +98,9 @@ def daemon(
     from mirrord.service import daemon as service
     from mirrord.service.config import read_config
 
-    settings = read_config(config)
     chosen = {"state_dir": state_dir, "runtime_dir": runtime_dir, "socket": socket}
     changes = {key: str(path) for key, path in chosen.items() if path is not None}
-    raise typer.Exit(service.run(msgspec.structs.replace(settings, **changes)))
+    raise typer.Exit(service.run(lambda: msgspec.structs.replace(read_config(config), **changes)))
 
 
 @app.command()

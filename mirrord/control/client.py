@@ -153,6 +153,8 @@ def _problem(status: int, content: bytes) -> MirrordError:
         problem = msgspec.json.decode(content, type=Problem)
     except msgspec.MsgspecError:
         return MirrordError(f"the daemon answered {status} with something that is no error of its")
+    if problem.code == NoDaemonError.code:
+        return NoDaemonError(problem.message)
     if status == 400:
         return UsageError(problem.message)
     if status < 500:

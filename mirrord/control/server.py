@@ -120,7 +120,7 @@ class ControlServer:
                 continue
             problem = _not_admitted(connection, len(server.connections))
             if problem is not None:
-                _turn_away(connection, problem)
+                turn_away(connection, problem)
                 continue
             await loop.connect_accepted_socket(server, connection)
 
@@ -225,7 +225,7 @@ def _not_admitted(connection: socket.socket, connections: int) -> Problem | None
     return None
 
 
-def _turn_away(connection: socket.socket, problem: Problem) -> None:
+def turn_away(connection: socket.socket, problem: Problem) -> None:
     """Say why and hang up, without waiting for anything of the client's."""
     status = "403 Forbidden" if problem.code == "forbidden" else "503 Service Unavailable"
     body = msgspec.json.encode(problem)

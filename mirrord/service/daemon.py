@@ -8,6 +8,7 @@ does that. What it holds alone, two locks and the control socket, is gone with i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -16,11 +17,13 @@ import signal
 import socket
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from mirrord.control.server import ControlServer
+from mirrord.control.messages import Problem
+from mirrord.control.server import ControlServer, turn_away
 from mirrord.control.sockets import Access, check_socket_path, is_answered, listen, remove_socket
-from mirrord.errors import MirrordError, RefusedError
+from mirrord.errors import MirrordError, NoDaemonError, RefusedError
 from mirrord.service import logs, state, systemd
 from mirrord.service.config import Config, default_runtime_dir, default_state_dir
 from mirrord.service.logs import fields
@@ -30,13 +33,32 @@ from mirrord.service.state import Directories
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> int:
-    """Run the daemon until SIGTERM or SIGINT, and return its exit code.
+def run(read: Callable[[], Config]) -> int:
+    """Run the daemon as `read` says until SIGTERM or SIGINT, and return its exit code.
 
     Raises MirrordError when it can't start; then it has changed nothing that is another's.
     """
-    logs.set_up("daemon", config.log_level)
     manager = systemd.Systemd()
+    try:
+        return _run(read(), manager)
+    except MirrordError as error:
+        _turn_clients_away(manager.listener(), error)
+        raise
+
+
+def _turn_clients_away(listener: socket.socket | None, error: MirrordError) -> None:
+    """Tell clients that wait at systemd's socket why; else it would start us for them again."""
+    if listener is None:
+        return
+    problem = Problem(NoDaemonError.code, f"the daemon does not start: {error}")
+    with listener, contextlib.suppress(BlockingIOError):
+        while True:
+            connection, _ = listener.accept()
+            turn_away(connection, problem)
+
+
+def _run(config: Config, manager: systemd.Systemd) -> int:
+    logs.set_up("daemon", config.log_level)
     _take_descriptors()
     directories = Directories(
         Path(config.state_dir or default_state_dir()).absolute(),
@@ -166,12 +188,3 @@ async def _live(manager: systemd.Systemd, interval_s: float) -> None:
 
 class _StoppedError(Exception):
     """Ends the group: its tasks are cancelled, which leaves the disk processes alone."""
-
-
-def main(config: Config) -> int:
-    """Run the daemon; tell on standard error why it can't."""
-    try:
-        return run(config)
-    except MirrordError as error:
-        print(f"mirrord: {error}", file=sys.stderr)
-        return error.exit_code

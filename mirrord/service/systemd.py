@@ -47,9 +47,13 @@ class Systemd:
             told.sendall(state.encode())
 
     def listener(self) -> socket.socket | None:
-        """Return the control socket that a socket unit made, if this process was started by it."""
+        """Return the control socket that a socket unit made, if this process was started by it.
+
+        Once: it is the caller's then.
+        """
         if not self._listens:
             return None
+        self._listens = False
         os.set_inheritable(_FIRST_DESCRIPTOR, False)
         listener = socket.socket(fileno=_FIRST_DESCRIPTOR)
         listener.setblocking(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -247,3 +248,29 @@ def test_a_socket_that_systemd_made(make_daemon: MakeDaemon) -> None:
         process.terminate()
         assert process.wait(15) == 0
         assert daemon.socket.exists()
+
+
+def test_clients_of_a_daemon_that_does_not_start_are_told_why(
+    make_daemon: MakeDaemon, tmp_path: Path
+) -> None:
+    """At a socket of systemd's, which would start it for them again and again."""
+    daemon = make_daemon()
+    config = tmp_path / "mirrord.toml"
+    config.write_text("bad = 1\n")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(daemon.socket))
+        listener.listen()
+        asked = subprocess.Popen(
+            [*daemon.program, "ls", "--socket", str(daemon.socket)],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        select.select([listener], [], [], 15)
+        started = subprocess.run(
+            ["bash", "-c", f"exec 3<&{listener.fileno()}; export LISTEN_PID=$$ LISTEN_FDS=1; "
+             f"exec {daemon.program[0]} daemon --config {config}"],
+            pass_fds=[listener.fileno()], capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        _, told = asked.communicate(timeout=15)
+    assert (started.returncode, asked.returncode) == (2, 5)
+    assert started.stderr.startswith(f"mirrord: {config}, line 1: unknown key bad")
+    assert told == started.stderr.replace("mirrord: ", "mirrord: the daemon does not start: ")
