@@ -108,8 +108,9 @@ def test_what_the_unit_grants_until_the_shutdown(
     install(host, package)
     host.put("/usr/local/bin/tell", "#!/bin/sh\n(cat; id -un) >/var/lib/mirrord/told")
     host.run(
-        "chmod +x /usr/local/bin/tell; mkdir /srv/vms; systemctl restart mirrord; "
-        "echo 'on_done = [\"/usr/local/bin/tell\"]' >>/etc/mirrord/mirrord.toml; "
+        "chmod +x /usr/local/bin/tell; mkdir /srv/vms; "
+        "(echo 'on_done = [\"/usr/local/bin/tell\"]'; echo 'nbd_socket_group = \"disk\"'; "
+        "echo 'nbd_socket_mode = \"0660\"') >>/etc/mirrord/mirrord.toml; "
         "systemctl restart mirrord"
     )
     content = make_disk(host).read_bytes()
@@ -130,6 +131,7 @@ def moves_files(host: Machine) -> None:
     job = told(host, "move vm /srv/vms/")
     assert (job["phase"], job["verified"]) == ("done", True)
     assert host.ask("stat -c '%u %g %a' /srv/vms/vm.raw") == "64055 64055 600"
+    assert host.ask("stat -c '%G %a' /run/mirrord/nbd/vm.sock") == "disk 660"
     (pid,) = processes(host, "disk_process")
     status = host.ask(f"cat /proc/{pid}/status")
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
