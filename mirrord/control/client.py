@@ -52,11 +52,11 @@ class _Connection(http.client.HTTPConnection):
 class Client:
     """The daemon at one control socket. Connects at the first request and stays connected."""
 
-    def __init__(self, path: Path, *, deadline_s: float = ANSWER_DEADLINE_S) -> None:
+    def __init__(self, path: Path, *, deadline_s: float | None = None) -> None:
         check_socket_path(path)
         self.path = path
-        self._deadline_s = deadline_s
-        self._connection = _Connection(path, deadline_s)
+        self._deadline_s = ANSWER_DEADLINE_S if deadline_s is None else deadline_s
+        self._connection = _Connection(path, self._deadline_s)
 
     def close(self) -> None:
         """Hang up. Idempotent."""

@@ -35,12 +35,11 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 old.unlink()
             done = subprocess.run(
                 ["make", "deb", "DEB_ARGUMENTS=-Zzstd -z1"],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-            )
+                cwd=ROOT, capture_output=True, text=True,
+            )  # fmt: skip
             assert done.returncode == 0, done.stderr
-            shutil.copy(done.stdout.split()[-1], built)
+            (made,) = (ROOT / "dist").glob(f"mirrord_{mirrord.__version__}_*.deb")
+            shutil.copy(made, built)
     return built
 
 

@@ -80,7 +80,7 @@ for folder in run tmp var/tmp; do mount -t tmpfs -o mode=1777 tmpfs "$root/$fold
 mount -t tmpfs tmpfs "$root/var/log"
 mkdir -p "$root/var/log/journal"
 ip link set lo up
-cat /proc/sys/kernel/random/uuid | tr -d - >"$root/etc/machine-id"
+tr -d - </proc/sys/kernel/random/uuid >"$root/etc/machine-id"
 : >"$root/etc/fstab"
 rm -rf "$root"/etc/systemd/system/*.wants "$root"/usr/sbin/policy-rc.d
 rm -f "$root/var/lib/man-db/auto-update" # seconds for an index that nobody reads
