@@ -113,7 +113,9 @@ def fields(**values: object) -> Fields:
 
 
 def _quoted(text: str) -> str:
-    if text and not any(c.isspace() or c in '"=' for c in text):
+    """Return a text as part of one line: what a client sent can't make it look like several."""
+    if text and text.isprintable() and not any(c.isspace() or c in '"=' for c in text):
         return text
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    printable = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
+    return f'"{"".join(printable)}"'

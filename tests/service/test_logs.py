@@ -86,6 +86,14 @@ def test_what_a_line_is_about_are_fields(journal: socket.socket, tmp_path: Path)
     assert (entry["MESSAGE"], entry["PRIORITY"], entry["DISK"]) == ("ready, 100 %", "6", "vm")
 
 
+@pytest.mark.parametrize("text", ["a\nb", "a\rb", "\x1b[2Jx", "a\u2028b", "\x7f", "a\0b", "\udc80"])
+def test_what_a_client_sent_stays_in_its_line(text: str) -> None:
+    told = fields(disk=text, verb="move")
+    assert told.isprintable()
+    assert told.endswith('" verb=move')
+    assert told.values["disk"] == text
+
+
 def test_an_exception_comes_with_its_traceback(journal: socket.socket, tmp_path: Path) -> None:
     with logger("daemon", tmp_path / "journal.sock", Kept()) as log:
         try:
