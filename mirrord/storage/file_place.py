@@ -2,7 +2,7 @@
 
 The directory is opened once and held; a name in it is never resolved again, and never through a
 symbolic link. A link given as the location of an existing disk is followed once, at `open`, and
-`location` is what it led to from then on.
+`location` is what it led to from then on. Below a root no link is followed at all (`names`).
 
 Names: a target is made as `.NAME.mirrord-JOB.part`, gets NAME by `publish`; a source is renamed
 to `.NAME.mirrord-JOB.retired` before it is unlinked. Every rename refuses to replace anything.
@@ -35,6 +35,7 @@ from mirrord.storage.names import (
     Directory,
     NotADiskError,
     check_name,
+    leaves_root,
     open_inode,
     part_name,
     refusal,
@@ -50,8 +51,9 @@ Opened = TypeVar("Opened", bound="tuple[int, FileFacts] | None")
 class FilePlace(Place):
     """The name of a regular file that is a disk, or will be one."""
 
-    def __init__(self, location: str, io: FileIo) -> None:
+    def __init__(self, location: str, io: FileIo, *, root: str | None = None) -> None:
         """Touch nothing. `location` is a path; for a target, a directory's will do."""
+        self._root = root
         self.location = os.path.abspath(location)
         self._is_directory = location.endswith("/")
         self._io = io
@@ -127,7 +129,7 @@ class FilePlace(Place):
     # Opening. Everything below blocks.
 
     def _open(self, read_only: bool, cache: Cache) -> tuple[int, FileFacts]:
-        if self._directory is None:
+        if self._directory is None and self._root is None:
             self.location = os.path.realpath(self.location)
             self._name = os.path.basename(self.location)
         try:
@@ -172,6 +174,9 @@ class FilePlace(Place):
         return descriptor, facts
 
     def _unopened(self, error: OSError) -> RefusedError:
+        left = leaves_root(self.location, self._root, error)
+        if left is not None:
+            return left
         reason = error.strerror
         if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
             return RefusedError(
@@ -192,7 +197,7 @@ class FilePlace(Place):
 
     def _parent(self) -> Directory:
         if self._directory is None:
-            self._directory = Directory(os.path.dirname(self.location))
+            self._directory = Directory(os.path.dirname(self.location), self._root)
         return self._directory
 
     # The target, before there is one.
@@ -203,6 +208,9 @@ class FilePlace(Place):
             parent = self._parent()
         except OSError as error:
             directory = os.path.dirname(self.location)
+            left = leaves_root(self.location, self._root, error)
+            if left is not None:
+                raise left from error
             if error.errno == errno.EACCES:
                 raise RefusedError(
                     "directory-not-writable",
@@ -236,7 +244,7 @@ class FilePlace(Place):
         """Turn a directory's path into that of a file in it, of the source's name."""
         if self._directory is not None:
             return
-        if os.path.isdir(self.location):
+        if self._leads_to_directory():
             if not source.name:
                 raise RefusedError(
                     "is-directory", f"{self.location} is a directory: name the file in it"
@@ -247,8 +255,21 @@ class FilePlace(Place):
                 "directory-missing", f"there is no directory {self.location}: create it first"
             )
         directory, self._name = os.path.split(self.location)
-        self.location = os.path.join(os.path.realpath(directory), self._name)
+        if self._root is None:
+            self.location = os.path.join(os.path.realpath(directory), self._name)
         check_name(self.location)
+
+    def _leads_to_directory(self) -> bool:
+        if self._root is None:
+            return os.path.isdir(self.location)
+        try:
+            Directory(self.location, self._root)
+        except OSError as error:
+            left = leaves_root(self.location, self._root, error)
+            if left is not None:
+                raise left from error
+            return False
+        return True
 
     def _refuse_existing(self, source: Backend) -> None:
         parent = self._parent().descriptor
@@ -274,13 +295,14 @@ class FilePlace(Place):
 
     def _create(self, job_id: str, source: Backend, cache: Cache) -> tuple[int, FileFacts]:
         self._settle_name(source)
-        parent = self._parent()
         part = part_name(self._name, job_id)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
+            parent = self._parent()
             descriptor = os.open(part, flags, 0o600, dir_fd=parent.descriptor)
         except OSError as error:
-            raise refusal(self.location, error) from error
+            left = leaves_root(self.location, self._root, error)
+            raise left or refusal(self.location, error) from error
         try:
             facts = self._prepare(descriptor, source, cache)
             durable.sync_directory(parent.descriptor)
@@ -362,7 +384,7 @@ class FilePlace(Place):
 
     def _confirm(self, identity: Identity) -> str | None:
         try:
-            directory = Directory(os.path.dirname(self.location))
+            directory = Directory(os.path.dirname(self.location), self._root)
             descriptor = os.open(
                 self._name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.descriptor
             )

@@ -12,6 +12,7 @@ import os
 import stat
 
 from mirrord.errors import RefusedError
+from mirrord.storage import durable
 
 NAME_BYTES_MAX = 255  # NAME_MAX of Linux
 
@@ -27,12 +28,15 @@ class NotADiskError(OSError):
 class Directory:
     """An open directory, closed when nobody refers to this any more."""
 
-    def __init__(self, path: str) -> None:
-        """Open it. Raises `OSError`: ENOENT, ENOTDIR, EACCES."""
+    def __init__(self, path: str, root: str | None = None) -> None:
+        """Open it, below `root` if that is given.
+
+        Raises `OSError`: ENOENT, ENOTDIR, EACCES, and what `open_below` raises.
+        """
         self.path = path
         self.descriptor = -1
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        self.descriptor = os.open(path, flags)
+        self.descriptor = os.open(path, flags) if root is None else open_below(root, path, flags)
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
@@ -80,6 +84,31 @@ def _hidden_name(name: str, ending: str) -> str:
     while len(os.fsencode(name)) > room:
         name = name[:-1]
     return f".{name}{ending}"
+
+
+def open_below(root: str, path: str, flags: int) -> int:
+    """Open an absolute path that has to lie below the directory `root`, or be it.
+
+    Raises:
+        OSError: ELOOP at a symbolic link, in `root` itself too; EXDEV when the path leaves it.
+    """
+    links = durable.RESOLVE_NO_SYMLINKS | durable.RESOLVE_NO_MAGICLINKS
+    top = durable.open_beneath(-1, root, os.O_PATH | os.O_DIRECTORY, resolve=links)
+    try:
+        return durable.open_beneath(top, os.path.relpath(path, root), flags)
+    finally:
+        os.close(top)
+
+
+def leaves_root(location: str, root: str | None, error: OSError) -> RefusedError | None:
+    """Return the refusal where `error` is of a path that leads out of its root."""
+    if root is None or error.errno not in (errno.ELOOP, errno.EXDEV):
+        return None
+    return RefusedError(
+        "leaves-root",
+        f"{location} leads through a symbolic link, or out of {root}, below which it was granted: "
+        "write the path without links",
+    )
 
 
 def open_inode(directory: int | None, name: str, *, block_device: bool = False) -> int:
