@@ -121,7 +121,7 @@ def _end_disk(channel: Path) -> None:
     """End the disk's process, which the daemon's end leaves serving, and wait for that."""
     try:
         with dial(channel) as connection:
-            pid, _, _ = peer(connection)
+            pid = peer(connection).pid
         pidfd = os.pidfd_open(pid)
     except OSError:
         return  # it was detached

@@ -37,6 +37,7 @@ class Daemon:
         self.expected: list[str] = []
         self._config = self.root / "mirrord.toml"
         self._config.write_text(config)
+        self._config.chmod(0o600)
         self._process: subprocess.Popen[bytes] | None = None
         self.state.mkdir()
         self.runtime.mkdir()

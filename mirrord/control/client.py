@@ -131,7 +131,8 @@ class Client:
         if isinstance(error, PermissionError):
             return RefusedError(
                 "forbidden",
-                f"this user may not use the daemon at {self.path}; run as root or as its user",
+                f"this user may not use the daemon at {self.path}; run as root or as its user, "
+                "or have socket_group and a [[grant]] in mirrord.toml let it in",
             )
         if isinstance(error, TimeoutError):
             return MirrordError(

@@ -1,9 +1,13 @@
-"""The control socket: HTTP with JSON over a unix socket, and who may use it.
+"""The control socket: HTTP with JSON over a unix socket.
 
-Every connection is checked by SO_PEERCRED as it comes, before a byte of it is read: the daemon's
-own user and root are let in, everybody else is told so and hung up on. Bodies are bounded, have a
-deadline, and may not have unknown keys. What a request means is `Api`'s affair; here it becomes a
-status, and an error becomes `{"code": …, "message": …}`.
+Every connection is looked at by SO_PEERCRED as it comes, before a byte of it is read: who may do
+nothing here (`Gate.admits`) is told so and hung up on. Each request then gets the interface as its
+peer may use it for that operation (`Gate.view`), and nothing else reaches the daemon. Nobody's
+connections can take the place of others': each user has so many, and root's are counted apart.
+
+Heads and bodies are bounded and have a deadline, and bodies may not have unknown keys. What a
+request means is `Api`'s affair; here it becomes a status, and an error becomes
+`{"code": …, "message": …}`.
 """
 
 from __future__ import annotations
@@ -11,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import msgspec
@@ -29,8 +33,8 @@ from mirrord.control.messages import (
     MoveRequest,
     Problem,
 )
-from mirrord.control.operations import OPERATIONS, STEERING, openapi
-from mirrord.control.sockets import peer
+from mirrord.control.operations import OPERATIONS, STEERING, Operation, openapi
+from mirrord.control.sockets import Peer, peer
 from mirrord.errors import MirrordError, RefusedError, UsageError
 
 log = logging.getLogger(__name__)
@@ -39,9 +43,12 @@ log = logging.getLogger(__name__)
 BODY_BYTES_MAX = 64 << 10
 # A local client sends its body with its headers; one that doesn't is stuck or hostile.
 BODY_DEADLINE_S = 10.0
-# Connections at once, of everybody: a script that waits for each of a host's disks fits.
+# Connections at once, of root and the daemon's user, and again of all others: a script that waits
+# for each of a host's disks fits.
 CONNECTIONS_MAX = 256
-# A connection without a request is closed after this.
+# Of one of the others, so that eight of them fit.
+USER_CONNECTIONS_MAX = 32
+# A connection without a complete head of a request is closed after this.
 IDLE_S = 30.0
 # Progress is told so often, and that there is none so often.
 EVENTS_S = 1.0
@@ -52,10 +59,14 @@ METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SHUTDOWN_S = 2.0
 
 Request = TypeVar("Request", AttachRequest, MoveRequest, LimitRequest, CredentialTestRequest)
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+# Of what is no HTTP so much is told back.
+_ECHO_CHARACTERS_MAX = 200
+# An answer that nobody reads.
+_GONE = "the client has gone"
 # What the state directory's file system says when nothing more can be kept there.
 _STATE_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_STATUSES = {"forbidden": 403, "unknown-disk": 404, "unknown-job": 404}
 
 
 class Api(Protocol):
@@ -72,28 +83,78 @@ class Api(Protocol):
     async def steer(self, job_id: str, verb: str) -> Job: ...
     async def limit(self, job_id: str, request: LimitRequest) -> Job: ...
     async def test_credential(self, request: CredentialTestRequest) -> CredentialTest: ...
-    async def job_changed(self, within_s: float) -> None: ...
+    async def jobs_changed(self, disk: str | None, within_s: float) -> list[Job]: ...
     async def metrics(self) -> bytes: ...
 
 
-class ControlServer:
-    """Serves `api` on a listening unix socket until `close`."""
+class Gate(Protocol):
+    """Who may do what."""
 
-    def __init__(self, api: Api, listener: socket.socket) -> None:
-        self._api = api
+    def admits(self, peer: Peer) -> bool:
+        """Tell whether it may do anything at all."""
+
+    def view(self, peer: Peer, operation: str) -> Api:
+        """Return the interface as `peer` may use it for one operation of `OPERATIONS`.
+
+        Raises RefusedError (`forbidden`), as everything that the peer may not do with it does.
+        """
+
+
+Handler = Callable[[Api, web.Request], Awaitable[web.StreamResponse]]
+
+
+class _Connection(web.RequestHandler):
+    """Answers what is no HTTP in JSON as well, and leaves no trace of it in the log."""
+
+    __slots__ = ()
+
+    def __init__(self, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
+        no_log: Any = None  # of accesses
+        super().__init__(server, loop=loop, access_log=no_log, keepalive_timeout=IDLE_S)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if status != 400:
+            return super().handle_error(request, status, exc, message)
+        why = " ".join((message or "it is malformed").split())[:_ECHO_CHARACTERS_MAX]
+        answer = _answer(Problem("usage", f"the request is no HTTP: {why}"), status)
+        answer.force_close()
+        return answer
+
+
+class ControlServer:
+    """Serves what `gate` lets through on a listening unix socket until `close`."""
+
+    def __init__(self, gate: Gate, listener: socket.socket) -> None:
+        self._gate = gate
         self._listener = listener
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[_errors])
         app.add_routes(self._routes())
-        self._runner = web.AppRunner(
-            app, access_log=None, keepalive_timeout=IDLE_S, shutdown_timeout=SHUTDOWN_S
-        )
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
         self._task: asyncio.Task[None] | None = None
 
     def _routes(self) -> list[web.RouteDef]:
         return [
-            web.route(each.method, _pattern(each.path), getattr(self, f"_{each.name}"))
+            web.route(
+                each.method,
+                _pattern(each.path),
+                partial(self._run, each, getattr(self, f"_{each.name}")),
+            )
             for each in OPERATIONS
         ]
+
+    async def _run(
+        self, operation: Operation, handler: Handler, request: web.Request
+    ) -> web.StreamResponse:
+        if request.transport is None:
+            raise UsageError(_GONE)
+        asking = peer(request.transport.get_extra_info("socket"))
+        return await handler(self._gate.view(asking, operation.name), request)
 
     async def start(self, group: asyncio.TaskGroup) -> None:
         """Begin to accept; the accepting task belongs to `group`."""
@@ -118,81 +179,108 @@ class ControlServer:
                 log.warning("control socket can't accept: %s", error)
                 await asyncio.sleep(0.1)  # out of descriptors: some will be closed
                 continue
-            problem = _not_admitted(connection, len(server.connections))
+            problem = self._not_admitted(connection)
             if problem is not None:
+                log.info("turned away uid=%d code=%s", peer(connection).uid, problem.code)
                 turn_away(connection, problem)
                 continue
-            await loop.connect_accepted_socket(server, connection)
+            await loop.connect_accepted_socket(partial(_Connection, server, loop), connection)
 
-    async def _disks(self, request: web.Request) -> web.Response:
-        return _answer(await self._api.disks())
+    def _not_admitted(self, connection: socket.socket) -> Problem | None:
+        asking = peer(connection)
+        if not self._gate.admits(asking):
+            return Problem(
+                "forbidden",
+                f"user {asking.uid} may do nothing here; root and the daemon's own user may, and "
+                "whom a [[grant]] in mirrord.toml names",
+            )
+        others = self._connected()
+        alike = sum(each.unrestricted is asking.unrestricted for each in others)
+        own = sum(each.uid == asking.uid for each in others)
+        if alike >= CONNECTIONS_MAX or (not asking.unrestricted and own >= USER_CONNECTIONS_MAX):
+            return Problem("busy", f"too many connections ({own} of this user); try again later")
+        return None
 
-    async def _disk(self, request: web.Request) -> web.Response:
-        return _answer(await self._api.disk(request.match_info["name"]))
+    def _connected(self) -> list[Peer]:
+        server = self._runner.server
+        assert server is not None
+        transports = (each.transport for each in server.connections)
+        return [peer(each.get_extra_info("socket")) for each in transports if each is not None]
 
-    async def _attach(self, request: web.Request) -> web.Response:
+    async def _disks(self, api: Api, request: web.Request) -> web.Response:
+        return _answer(await api.disks())
+
+    async def _disk(self, api: Api, request: web.Request) -> web.Response:
+        return _answer(await api.disk(request.match_info["name"]))
+
+    async def _attach(self, api: Api, request: web.Request) -> web.Response:
         wanted = await _body(request, AttachRequest)
-        return _answer(await self._api.attach(wanted), status=201)
+        return _answer(await api.attach(wanted), status=201)
 
-    async def _detach(self, request: web.Request) -> web.Response:
+    async def _detach(self, api: Api, request: web.Request) -> web.Response:
         force = _flag(request, "force")
-        return _answer(await self._api.detach(request.match_info["name"], force=force))
+        return _answer(await api.detach(request.match_info["name"], force=force))
 
-    async def _upgrade(self, request: web.Request) -> web.Response:
+    async def _upgrade(self, api: Api, request: web.Request) -> web.Response:
         force = _flag(request, "force")
-        return _answer(await self._api.upgrade(request.match_info["name"], force=force))
+        return _answer(await api.upgrade(request.match_info["name"], force=force))
 
-    async def _move(self, request: web.Request) -> web.Response:
+    async def _move(self, api: Api, request: web.Request) -> web.Response:
         wanted = await _body(request, MoveRequest)
-        return _answer(await self._api.move(request.match_info["name"], wanted), status=202)
+        return _answer(await api.move(request.match_info["name"], wanted), status=202)
 
-    async def _jobs(self, request: web.Request) -> web.Response:
-        return _answer(await self._api.jobs(request.query.get("disk")))
+    async def _jobs(self, api: Api, request: web.Request) -> web.Response:
+        return _answer(await api.jobs(request.query.get("disk")))
 
-    async def _job(self, request: web.Request) -> web.Response:
-        return _answer(await self._api.job(request.match_info["id"]))
+    async def _job(self, api: Api, request: web.Request) -> web.Response:
+        return _answer(await api.job(request.match_info["id"]))
 
-    async def _limit(self, request: web.Request) -> web.Response:
+    async def _limit(self, api: Api, request: web.Request) -> web.Response:
         wanted = await _body(request, LimitRequest)
-        return _answer(await self._api.limit(request.match_info["id"], wanted))
+        return _answer(await api.limit(request.match_info["id"], wanted))
 
-    async def _test_credential(self, request: web.Request) -> web.Response:
+    async def _test_credential(self, api: Api, request: web.Request) -> web.Response:
         wanted = await _body(request, CredentialTestRequest)
-        return _answer(await self._api.test_credential(wanted))
+        return _answer(await api.test_credential(wanted))
 
-    async def _steer(self, request: web.Request) -> web.Response:
+    async def _steer(self, api: Api, request: web.Request) -> web.Response:
         info = request.match_info
-        return _answer(await self._api.steer(info["id"], info["verb"]))
+        return _answer(await api.steer(info["id"], info["verb"]))
 
-    async def _openapi(self, request: web.Request) -> web.Response:
+    async def _openapi(self, api: Api, request: web.Request) -> web.Response:
         return _answer(openapi())
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def _metrics(self, api: Api, request: web.Request) -> web.Response:
         return web.Response(
-            body=await self._api.metrics(), headers={"Content-Type": METRICS_CONTENT_TYPE}
+            body=await api.metrics(), headers={"Content-Type": METRICS_CONTENT_TYPE}
         )
 
-    async def _events(self, request: web.Request) -> web.StreamResponse:
+    async def _events(self, api: Api, request: web.Request) -> web.StreamResponse:
         """Tell of the moves that are under way, and of each that changes, until the client goes."""
         disk = request.query.get("disk")
-        jobs = await self._api.jobs(disk)
+        jobs = await api.jobs(disk)
         told = {job.id: job for job in jobs if job.ended_already}
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
         )
         await response.prepare(request)
         try:
-            await self._tell(response, disk, jobs, told)
+            await self._tell(api, response, disk, jobs, told)
         except ConnectionResetError:
             pass  # the client has gone
         except MirrordError as error:  # nothing more to tell, of a disk that is gone: it ends
-            log.info("events ended disk=%s reason=%s", disk, error)
+            log.info("events ended disk=%r reason=%s", disk, error)
         except Exception:  # an error's answer would come in the middle of the stream
-            log.exception("events failed disk=%s", disk)
+            log.exception("events failed disk=%r", disk)
         return response
 
     async def _tell(
-        self, response: web.StreamResponse, disk: str | None, jobs: list[Job], told: dict[str, Job]
+        self,
+        api: Api,
+        response: web.StreamResponse,
+        disk: str | None,
+        jobs: list[Job],
+        told: dict[str, Job],
     ) -> NoReturn:
         """Write what is not `told` yet, for ever. Raises ConnectionResetError."""
         quiet_s = 0.0
@@ -206,23 +294,11 @@ class ControlServer:
             if quiet_s >= HEARTBEAT_S:
                 await response.write(b":\n\n")  # a comment: who has gone is noticed
                 quiet_s = 0.0
-            await self._api.job_changed(EVENTS_S)
-            jobs = await self._api.jobs(disk)
+            jobs = await api.jobs_changed(disk, EVENTS_S)
 
 
 def _pattern(path: str) -> str:
     return path.replace("{verb}", "{verb:" + "|".join(STEERING) + "}")
-
-
-def _not_admitted(connection: socket.socket, connections: int) -> Problem | None:
-    _, uid, _ = peer(connection)
-    if uid not in (0, os.geteuid()):
-        return Problem(
-            "forbidden", f"user {uid} may not use this daemon; root and its own user may"
-        )
-    if connections >= CONNECTIONS_MAX:
-        return Problem("busy", f"the daemon has {connections} connections; try again later")
-    return None
 
 
 def turn_away(connection: socket.socket, problem: Problem) -> None:
@@ -254,6 +330,8 @@ async def _body(request: web.Request, kind: type[Request]) -> Request:
             data = await request.read()
     except TimeoutError as error:
         raise UsageError(f"the body did not come within {BODY_DEADLINE_S:.0f} s") from error
+    except ConnectionError as error:
+        raise UsageError(_GONE) from error
     except web.HTTPRequestEntityTooLarge as error:
         raise UsageError(f"the body has more than {BODY_BYTES_MAX} bytes") from error
     try:
@@ -269,11 +347,10 @@ def _answer(value: Any, status: int = 200) -> web.Response:
 
 
 @web.middleware
-async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn what was raised into an answer that a program can read; log who changes what."""
-    if request.method != "GET" and request.transport is not None:
-        _, uid, _ = peer(request.transport.get_extra_info("socket"))
-        log.info("asked uid=%d method=%s path=%s", uid, request.method, request.path)
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Turn what was raised into an answer that a program can read."""
     try:
         return await handler(request)
     except web.HTTPNotFound:
@@ -283,8 +360,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except UsageError as error:
         return _answer(Problem(error.code, str(error)), 400)
     except RefusedError as error:
-        status = 404 if error.code in ("unknown-disk", "unknown-job") else 409
-        return _answer(Problem(error.code, str(error)), status)
+        return _answer(Problem(error.code, str(error)), _STATUSES.get(error.code, 409))
     except MirrordError as error:
         status = 409 if error.exit_code == RefusedError.exit_code else 500
         return _answer(Problem(error.code, str(error)), status)
@@ -292,8 +368,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         if error.errno in _STATE_FULL:
             text = f"the state directory can't be written ({error.strerror}): make room there"
             return _answer(Problem("state-error", text), 409)
-        log.exception("request failed path=%s", request.path)
+        log.exception("request failed path=%s", request.rel_url.raw_path)
         return _answer(Problem("io-error", f"the daemon failed: {error}"), 500)
     except Exception as error:
-        log.exception("request failed path=%s", request.path)
+        log.exception("request failed path=%s", request.rel_url.raw_path)
         return _answer(Problem("internal", f"the daemon failed ({error!r}); see its log"), 500)

@@ -62,7 +62,7 @@ class Channel:
     async def connect(cls, path: Path, on_news: Callable[[Job], None]) -> Channel:
         """Connect to a disk process. Raises OSError when none listens."""
         connection = dial(path)
-        pid, _, _ = peer(connection)
+        pid = peer(connection).pid
         reader, writer = await asyncio.open_unix_connection(sock=connection, limit=LINE_BYTES_MAX)
         return cls(reader, writer, pid, on_news)
 

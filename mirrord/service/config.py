@@ -17,6 +17,7 @@ import msgspec
 from mirrord.control.messages import VerifyMode
 from mirrord.control.sockets import Access
 from mirrord.errors import RefusedError, UsageError
+from mirrord.service.grants import Grant, GrantError, Right, resolve
 from mirrord.service.shares import SectionError, ShareConfig, check_sections, encode_shares
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -56,6 +57,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     nbd: NbdConfig = NbdConfig()
     smb: dict[str, ShareConfig] = {}  # by host/share; what isn't here is never connected to
+    grant: list[Grant] = []  # beside root and the daemon's own user, who may do everything
+
+    def rights(self) -> tuple[Right, ...]:
+        """Return what the grants mean on this system now. Raises UsageError."""
+        return resolve(self.grant, self.smb)
 
     def control_access(self) -> Access:
         """Return who may connect to the control socket. Raises UsageError for an unknown group."""
@@ -135,7 +141,12 @@ def read_config(path: Path | None) -> Config:
         config = msgspec.toml.decode(text, type=Config)
         check_sections(config.smb)
         _check_programs(file, text.decode(), config)
+        if config.rights():
+            _refuse_writable(file)
         return config
+    except GrantError as error:
+        line = _line_of_grant(text.decode(), error.number, error.key)
+        raise UsageError(f"{file}{line}: {error}") from error
     except SectionError as error:
         line = _line_of_section(text.decode(), error.section)
         raise UsageError(f"{file}{line}: {error}") from error
@@ -158,6 +169,17 @@ def _check_programs(file: Path, text: str, config: Config) -> None:
             )
 
 
+def _refuse_writable(file: Path) -> None:
+    """Refuse grants in a file that somebody else could give himself more in."""
+    status = file.stat()
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        raise RefusedError(
+            "config-writable",
+            f"{file} has a [[grant]] and can be written by others than root and this user: "
+            f"chown it, and chmod go-w {file}",
+        )
+
+
 def _can_run(program: str) -> bool:
     return program.startswith("/") and os.access(program, os.X_OK)
 
@@ -166,6 +188,8 @@ def _explain(file: Path, text: str, error: str) -> str:
     """Say where and what: msgspec names the key or the path to it."""
     if "`$.smb[...]" in error:
         return _explain_share(file, text, error)
+    if "`$.grant" in error:
+        return _explain_grant(file, text)
     key = re.search(r"unknown field `([^`]+)`", error)
     place = re.search(r"`\$\.?([\w.]*)`", error)
     path = place[1] if place else ""
@@ -197,6 +221,32 @@ def _explain_share(file: Path, text: str, error: str) -> str:
     return f"{file}{line}: unknown key {key} in {place}; {advice}"
 
 
+def _explain_grant(file: Path, text: str) -> str:
+    """Say where and what is wrong in a section [[grant]]: msgspec doesn't say in which."""
+    import tomllib  # only what failed needs it
+
+    sections = tomllib.loads(text)["grant"]
+    if not isinstance(sections, list):
+        return f"{file}{_line_of(text, 'grant')}: write [[grant]] with two brackets on each side"
+    for number, values in enumerate(sections):
+        try:
+            msgspec.convert(values, Grant)
+        except msgspec.ValidationError as found:
+            problem, _, path = str(found).partition(" - at `$.")
+            key = re.match(r"\w*", path)
+            missing = re.search(r"required field `([^`]+)`", problem)
+            unknown = re.search(r"unknown field `([^`]+)`", problem)
+            if missing is not None:
+                problem = f"it has no {missing[1]}, which it needs"
+            if unknown is not None:
+                known = ", ".join(Grant.__struct_fields__)
+                problem = f"unknown key {unknown[1]}; known are: {known}"
+            name = unknown[1] if unknown is not None else key[0] if key is not None else ""
+            told = f"{name}: " if name and unknown is None else ""
+            return f"{file}{_line_of_grant(text, number, name)}: [[grant]]: {told}{problem}"
+    raise AssertionError("unreachable")
+
+
 def _wrong_share(text: str, error: str) -> tuple[str, Any, str]:
     """Return the first section that is wrong, what it has, and the error less the section."""
     import tomllib  # only what failed needs it
@@ -224,3 +274,18 @@ def _line_of_section(text: str, section: str) -> str:
         if re.match(rf"^\s*\[\s*smb\s*\.\s*[\"']?{re.escape(section)}[\"'\].]", line):
             return f", line {number}"
     return _line_of(text, section) or _line_of(text, "smb")
+
+
+def _line_of_grant(text: str, number: int, key: str) -> str:
+    """Return ", line N" of a key in a section [[grant]], else of the section."""
+    headers = [
+        at for at, line in enumerate(text.splitlines(), 1) if re.match(r"\s*\[\[\s*grant\b", line)
+    ]
+    if number >= len(headers):
+        return _line_of(text, "grant")
+    after = headers[number]
+    before = headers[number + 1] if number + 1 < len(headers) else len(text)
+    found = _line_of(text, key, after) if key else ""
+    if not found or int(found.rpartition(" ")[2]) >= before:
+        return f", line {after}"
+    return found

@@ -26,6 +26,8 @@ from mirrord.control.sockets import Access, check_socket_path, is_answered, list
 from mirrord.errors import MirrordError, NoDaemonError, RefusedError
 from mirrord.service import logs, state, systemd
 from mirrord.service.config import Config, default_runtime_dir, default_state_dir
+from mirrord.service.gate import Gate
+from mirrord.service.grants import Right
 from mirrord.service.logs import fields
 from mirrord.service.registry import Registry
 from mirrord.service.state import Directories
@@ -67,13 +69,14 @@ def _run(config: Config, manager: systemd.Systemd) -> int:
     address = Path(config.socket or directories.runtime / "control.sock").absolute()
     check_socket_path(address)
     config.nbd_access()  # a group that doesn't exist, before a disk needs it
+    rights = config.rights()
     state.prepare(directories)
     locks = [_lock(directories.state, "state"), _lock(directories.runtime, "runtime")]
     try:
         inherited = manager.listener()
         listener = inherited or claim(address, config.control_access())
         try:
-            asyncio.run(_serve(config, directories, address, listener, manager))
+            asyncio.run(_serve(config, rights, directories, address, listener, manager))
         finally:
             listener.close()
             if inherited is None:
@@ -148,6 +151,7 @@ def _take_descriptors() -> None:
 
 async def _serve(
     config: Config,
+    rights: tuple[Right, ...],
     directories: Directories,
     address: Path,
     listener: socket.socket,
@@ -160,7 +164,7 @@ async def _serve(
     try:
         async with asyncio.TaskGroup() as group:
             registry = Registry(config, directories, group)
-            server = ControlServer(registry, listener)
+            server = ControlServer(Gate(registry, rights), listener)
             await registry.load()
             await server.start(group)
             manager.notify("READY=1")

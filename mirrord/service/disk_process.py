@@ -152,7 +152,7 @@ class DiskProcess:
     async def _status(self, params: dict[str, Any]) -> DiskStatus:
         return self._mover.status(len(self._server.clients))
 
-    async def _check_move(self, params: dict[str, Any]) -> dict[str, str]:
+    async def _check_move(self, params: dict[str, Any]) -> state.JobRecord:
         record = msgspec.convert(params["record"], type=state.JobRecord)
         return await self._mover.check(record)
 

@@ -12,6 +12,7 @@ import datetime
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -104,13 +105,15 @@ class Mover:
         if unfinished is not None:
             await self._recover(unfinished)
         else:
-            self._place = self._places.make(self._record.location, self._record.size)
+            self._place = self._places.make(
+                self._record.location, self._record.size, self._record.root
+            )
             backend = await self._place.open(read_only=self._record.read_only, cache=self._cache)
             self.disk = Disk(self._record.name, backend, read_only=self._record.read_only)
         for record in unborn:  # C0: what a start that came to no record may have left
             try:
                 async with asyncio.timeout(DISCARD_S):
-                    await self._places.make(record.target).discard(record.id)
+                    await self._target_of(record).discard(record.id)
             except (MirrordError, OSError, TimeoutError) as error:
                 log.warning("part left over %s", fields(job=record.id, error=error))
 
@@ -143,7 +146,7 @@ class Mover:
         store = await self._store(record.id, size)
         places = self._both(record, size)
         recovered = await recovery.recover(
-            self._record.name, places, store, _request(record), self._surroundings()
+            self._record.name, places, store, _request(record), self._surroundings(record)
         )
         self.disk = recovered.disk
         committed = recovered.location == places.target.location
@@ -167,13 +170,16 @@ class Mover:
         )
 
     def _both(self, record: JobRecord, size: int) -> Places:
-        source, target = (self._places.make(each, size) for each in (record.source, record.target))
-        return Places(source, target, self._cache)
+        source = self._places.make(record.source, size, record.source_root)
+        return Places(source, self._target_of(record, size), self._cache)
 
-    def _surroundings(self) -> Surroundings:
+    def _target_of(self, record: JobRecord, size: int | None = None) -> Place:
+        return self._places.make(record.target, size, record.target_root)
+
+    def _surroundings(self, record: JobRecord) -> Surroundings:
         return Surroundings(
             wall=time.time,
-            moved=self._moved,
+            moved=partial(self._moved, record.target_root),
             adopt=self._adopt,
             changed=self._job_changed,
             settings=self._settings,
@@ -192,7 +198,7 @@ class Mover:
             await asyncio.Event().wait()
 
     async def _run_job(self, job: EngineJob, record: JobRecord) -> None:
-        target = self._places.make(record.target)
+        target = self._target_of(record)
         status = await job.run()
         self._last = history.told(record, status.summary())
         if self._last.phase == "done":
@@ -213,9 +219,11 @@ class Mover:
             self._on_change(history.told(record, job.status().summary()))
             self._changed.set()
 
-    async def _moved(self, location: str) -> None:
+    async def _moved(self, root: str | None, location: str) -> None:
         """Make it durable that the disk is at `location` now."""
-        self._record = msgspec.structs.replace(self._record, location=location, size=self.disk.size)
+        self._record = msgspec.structs.replace(
+            self._record, location=location, size=self.disk.size, root=root
+        )
         path = self._directories.disk(self._record.name) / "disk.json"
         await asyncio.to_thread(state.write_record, path, self._record)
 
@@ -236,11 +244,16 @@ class Mover:
 
     # What the daemon asks.
 
-    async def check(self, record: JobRecord) -> dict[str, str]:
-        """Refuse what can't be moved there; return both locations in their normal form."""
-        target = self._places.make(record.target)
+    async def check(self, record: JobRecord) -> JobRecord:
+        """Refuse what can't be moved there; return the record with both ends as they are."""
+        target = self._target_of(record)
         await recovery.check(self.disk, target, _request(record))
-        return {"source": self._place.location, "target": target.location}
+        return msgspec.structs.replace(
+            record,
+            source=self._place.location,
+            source_root=self._record.root,
+            target=target.location,
+        )
 
     async def start(self, record: JobRecord) -> Job:
         """Begin a move; its first record is durable on return. Raises RefusedError, OSError."""
@@ -255,10 +268,10 @@ class Mover:
             try:
                 job = await recovery.start(
                     self.disk,
-                    Places(self._place, self._places.make(record.target), self._cache),
+                    Places(self._place, self._target_of(record), self._cache),
                     store,
                     _request(record),
-                    self._surroundings(),
+                    self._surroundings(record),
                 )
             except BaseException:
                 await store.close()

@@ -87,13 +87,24 @@ class Moves:
         self._moves: dict[str, Move] = {}
         self._damaged: dict[str, DamagedError] = {}
         self._news = asyncio.Event()
+        self._look: asyncio.Task[None] | None = None
         self._notifier = Notifier(config, group)
 
-    async def changed(self, within_s: float) -> None:
-        """Return when a job has changed its phase, or after `within_s`."""
+    async def changed(self, disk: str | None, within_s: float) -> list[Job]:
+        """Return what `jobs` does when one has changed its phase, or after `within_s`.
+
+        All who wait share one look at the disk processes.
+        """
+        if self._look is None or self._look.done():
+            self._look = self._group.create_task(self._next_look(within_s), name="look at moves")
+        await asyncio.wait([self._look])
+        return self._listed(disk)
+
+    async def _next_look(self, within_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._news.wait()
+        await self._refresh_running()
 
     def _tell(self) -> None:
         """Wake those who wait for a change now."""
@@ -116,6 +127,9 @@ class Moves:
     async def jobs(self, disk: str | None) -> list[Job]:
         """Return all jobs, or a disk's, newest first."""
         await self._refresh_running()
+        return self._listed(disk)
+
+    def _listed(self, disk: str | None) -> list[Job]:
         chosen = [m for m in self._moves.values() if disk in (None, m.record.disk)]
         chosen.sort(key=lambda move: move.record.created, reverse=True)
         return [self._shown(move) for move in chosen]
@@ -173,8 +187,13 @@ class Moves:
     def _running(self) -> list[Move]:
         return [m for m in self.unfinished_moves() if m.standing == "unfinished" or m.starting]
 
-    async def move(self, disk: str, location: str, target: str, request: MoveRequest) -> Job:
-        """Ask for a move. Raises RefusedError; then nothing has changed."""
+    async def move(
+        self, disk: str, ends: tuple[str, str], request: MoveRequest, root: str | None = None
+    ) -> Job:
+        """Ask for a move, of both `ends` as they are known yet, to below `root` if that is given.
+
+        Raises RefusedError; then nothing has changed.
+        """
         process = self._process_of(disk)
         if process.outdated:
             raise RefusedError(
@@ -183,19 +202,16 @@ class Moves:
                 f"first: 'mirrord upgrade {disk}'",
             )
         self._refuse_second(disk)
-        move = self._reserve(disk, location, target, request)
+        move = self._reserve(disk, ends, request, root)
         job_id = move.record.id
         try:
-            checked = await process.call(
-                "check_move", dict[str, str], record=msgspec.to_builtins(move.record)
-            )
-            move.record = msgspec.structs.replace(
-                move.record, source=checked["source"], target=checked["target"]
+            move.record = await process.call(
+                "check_move", JobRecord, record=msgspec.to_builtins(move.record)
             )
             move.job = move.record.as_job()
             await asyncio.to_thread(self._refuse_taken, move)
             await asyncio.to_thread(self._write_job, move.record)
-            log.info("move asked for %s", fields(job=job_id, disk=disk, target=target))
+            log.info("move asked for %s", fields(job=job_id, disk=disk, target=move.record.target))
             move.starting = False
             if job_id in self._startable():
                 move.starting = True
@@ -209,8 +225,11 @@ class Moves:
         self.kick()
         return self._shown(move)
 
-    def _reserve(self, disk: str, source: str, target: str, request: MoveRequest) -> Move:
+    def _reserve(
+        self, disk: str, ends: tuple[str, str], request: MoveRequest, root: str | None
+    ) -> Move:
         """Take the disk for a new job, which doesn't exist in the state directory yet."""
+        source, target = ends
         record = JobRecord(
             id=str(uuid.uuid4()),
             disk=disk,
@@ -224,6 +243,7 @@ class Moves:
             limit=request.limit,
             mode=request.mode,
             cutover=request.cutover,
+            target_root=root,
         )
         move = self._moves[record.id] = Move(record, record.as_job(), "queued")
         move.starting = True  # nobody else starts it

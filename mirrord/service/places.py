@@ -112,11 +112,12 @@ class PlaceFactory:
         self._shares = shares or {}
         self._servers: dict[tuple[str, ...], ShareServer] = {}
 
-    def make(self, location: str, size: int | None = None) -> Place:
+    def make(self, location: str, size: int | None = None, root: str | None = None) -> Place:
         """Return the place that a checked location names; nothing is touched yet.
 
-        `size` is the disk's where it may lie on a larger device. Raises RefusedError
-        (`share-not-configured`, `bad-name`).
+        `size` is the disk's where it may lie on a larger device. A path with a `root` is never
+        looked for outside of that, and is no device. On a share the server sees to it that no
+        path leads out. Raises RefusedError (`share-not-configured`, `bad-name`).
         """
         if is_share(location):
             return self._make_share(location)
@@ -124,7 +125,7 @@ class PlaceFactory:
 
         if self._io is None:
             self._io = open_io()
-        if _is_device(location):
+        if root is None and _is_device(location):
             from mirrord.storage.block import BlockPlace
 
             device = BlockPlace(location, self._io, size=size)
@@ -132,7 +133,7 @@ class PlaceFactory:
             return device
         from mirrord.storage.file_place import FilePlace
 
-        file = FilePlace(location, self._io)
+        file = FilePlace(location, self._io, root=root)
         file.patience_s = PATIENCE_S
         return file
 

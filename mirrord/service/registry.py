@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 
 import msgspec
 
@@ -32,6 +33,7 @@ from mirrord.core.units import check_name
 from mirrord.errors import DamagedError, MirrordError, RefusedError
 from mirrord.service import metrics, share_test, state
 from mirrord.service.config import Config
+from mirrord.service.grants import root_of
 from mirrord.service.logs import fields
 from mirrord.service.moves import Moves
 from mirrord.service.places import check_location, same_location
@@ -62,7 +64,7 @@ class _Attached:
 
 
 class Registry:
-    """Implements `control.server.Api`. All tasks belong to `group`."""
+    """What `gate.View` gives parts of to each peer. All tasks belong to `group`."""
 
     def __init__(self, config: Config, directories: Directories, group: asyncio.TaskGroup) -> None:
         self._config = config
@@ -154,10 +156,7 @@ class Registry:
     def _attached(self, name: str) -> _Attached:
         found = self._disks.get(name)
         if found is None:
-            known = ", ".join(sorted(self._disks)) or "none is attached"
-            raise RefusedError(
-                "unknown-disk", f"there is no disk {name} here ({known}); see 'mirrord ls'"
-            )
+            raise RefusedError("unknown-disk", f"there is no disk {name} here; see 'mirrord ls'")
         return found
 
     async def _describe(self, name: str) -> Disk:
@@ -186,17 +185,20 @@ class Registry:
             snippets=snippets(name, socket, read_only=record.read_only if record else False),
         )
 
-    async def attach(self, request: AttachRequest) -> Disk:
-        """Serve a location as a disk. Raises UsageError, RefusedError; then nothing has changed."""
+    async def attach(self, request: AttachRequest, root: str | None = None) -> Disk:
+        """Serve a location as a disk, one below `root` if that is given, whoever changes names.
+
+        Raises UsageError, RefusedError; then nothing has changed.
+        """
         name = check_name(request.name)
-        location = check_location(request.location)
+        location = self._not_own(check_location(request.location))
         if name in self._disks:
             raise RefusedError(
                 "name-in-use", f"there is a disk {name} already; choose another name or detach it"
             )
         for path in (self._directories.nbd_socket(name), self._directories.channel(name)):
             check_socket_path(path)
-        record = DiskRecord(name, location, request.cache, request.read_only)
+        record = DiskRecord(name, location, request.cache, request.read_only, root=root)
         attached = self._disks[name] = _Attached(record, None, "it is being attached")
         try:
             await asyncio.to_thread(self._refuse_served, record)
@@ -209,6 +211,15 @@ class Registry:
             raise
         log.info("attached %s", fields(disk=name, location=location))
         return await self._describe(name)
+
+    def _not_own(self, location: str) -> str:
+        """Return a checked location, which must not be among the records that we live by."""
+        own = os.path.realpath(self._directories.state)
+        if root_of(location, [own]) is not None:
+            raise RefusedError(
+                "state-directory", f"{location} lies in the state directory {own}: name another"
+            )
+        return location
 
     def _refuse_served(self, wanted: DiskRecord) -> None:
         """Refuse a location that is a disk of ours, or will be one: the same file twice."""
@@ -328,30 +339,35 @@ class Registry:
 
     # Moves.
 
-    async def move(self, name: str, request: MoveRequest) -> Job:
-        """Ask for a move. Raises UsageError, RefusedError; then nothing has changed."""
+    async def move(self, name: str, request: MoveRequest, root: str | None = None) -> Job:
+        """Ask for a move, to below `root` if that is given. Raises UsageError, RefusedError."""
         attached = self._attached(name)
-        target = check_location(request.target)
+        target = self._not_own(check_location(request.target))
         location = attached.record.location if attached.record else ""
         with granted():
-            return await self._moves.move(name, location, target, request)
+            return await self._moves.move(name, (location, target), request, root)
 
     async def test_credential(self, request: CredentialTestRequest) -> CredentialTest:
         """Try a share's settings in a process of its own. Raises UsageError, RefusedError."""
         with granted():
             return await share_test.ask(request.location, self._config.smb)
 
-    async def job_changed(self, within_s: float) -> None:
-        """Return when a job has changed its phase, or after `within_s`."""
-        await self._moves.changed(within_s)
+    async def jobs_changed(self, disk: str | None, within_s: float) -> list[Job]:
+        """Return what `jobs` does when one has changed its phase, or after `within_s`."""
+        found = await self._moves.changed(disk, within_s)
+        if disk is not None and not found:
+            self._attached(disk)
+        return found
 
-    async def metrics(self) -> bytes:
-        """Return what is counted, in the text format of Prometheus."""
+    async def metrics(self, shown: Callable[[str], bool]) -> bytes:
+        """Return what is counted, in the text format of Prometheus, of the disks to be shown."""
         pids = {"": os.getpid()}
         for name, attached in self._disks.items():
             if attached.process is not None and attached.process.pid is not None:
                 pids[name] = attached.process.pid
-        disks, jobs = await self.disks(), await self._moves.jobs(None)
+        disks = [disk for disk in await self.disks() if shown(disk.name)]
+        jobs = [job for job in await self._moves.jobs(None) if shown(job.disk)]
+        pids = {name: pid for name, pid in pids.items() if not name or shown(name)}
         return await asyncio.to_thread(metrics.render, disks, jobs, pids)
 
     async def jobs(self, disk: str | None) -> list[Job]:

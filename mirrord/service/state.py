@@ -44,6 +44,7 @@ class DiskRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache: CacheMode = "writeback"
     read_only: bool = False
     size: int | None = None  # once it was moved: the guest's, which a larger device doesn't change
+    root: str | None = None  # the location was granted below it, and is never looked for elsewhere
     version: int = VERSION
 
 
@@ -62,6 +63,8 @@ class JobRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     limit: int | None = None
     mode: CopyMode = "auto"
     cutover: CutoverMode = "auto"
+    source_root: str | None = None  # as a disk's
+    target_root: str | None = None
     version: int = VERSION
 
     def as_job(self) -> Job:

@@ -298,7 +298,7 @@ class DiskProcess:
         while True:
             try:
                 with dial(path) as connection:
-                    pid, _, _ = peer(connection)
+                    pid = peer(connection).pid
                 pidfd = os.pidfd_open(pid)
             except OSError:
                 lock = take_lock(self._directories.disk_lock(self.name))

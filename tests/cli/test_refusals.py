@@ -116,6 +116,14 @@ def test_a_location_that_is_no_disk(served: Daemon, tmp_path: Path) -> None:
     assert str(empty) in refuse(served, "empty", "attach", "x", empty)
 
 
+def test_a_location_among_our_own_records(served: Daemon) -> None:
+    """A journal could be written by a guest, and a record replaced by a target."""
+    record = served.state / "disks" / "vm" / "disk.json"
+    assert str(record) in refuse(served, "state-directory", "attach", "x", record)
+    for target in (served.state, served.state / "x.raw", f"{served.state}/jobs/../x.raw"):
+        assert str(served.state) in refuse(served, "state-directory", "move", "vm", target)
+
+
 def test_an_unreadable_location(served: Daemon, tmp_path: Path) -> None:
     """Root may read everything, but write nothing on a read-only file system."""
     secret = tmp_path / "secret.raw"

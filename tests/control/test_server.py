@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import http.client
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,147 +22,12 @@ from jsonschema import Draft202012Validator
 
 import mirrord
 from mirrord.control import server
-from mirrord.control.messages import (
-    AttachRequest,
-    CredentialTest,
-    CredentialTestRequest,
-    Disk,
-    Job,
-    LimitRequest,
-    MoveRequest,
-    Uris,
-)
-from mirrord.control.operations import OPERATIONS, STEERING, openapi
-from mirrord.control.server import BODY_BYTES_MAX, ControlServer
-from mirrord.control.sockets import Access, listen
+from mirrord.control.messages import AttachRequest, LimitRequest, MoveRequest
+from mirrord.control.operations import OPERATIONS, STEERING, Operation, openapi
+from mirrord.control.server import BODY_BYTES_MAX
 from mirrord.errors import DamagedError, MirrordError, RefusedError
+from tests.control.serving import JOB, Served
 from tests.helpers import eventually_async
-
-DISK = Disk(
-    name="vm", state="serving", reason=None, location="/vm.raw", size=1, read_only=False,
-    cache="writeback", uris=Uris("nbd:"), clients=0, job=None,
-)  # fmt: skip
-CREDENTIAL = CredentialTest(
-    location="smb://v/s", server="v", user=None, dialect="3.1.1", signing="required",
-    encryption="required", weaknesses=[], channels=1, addresses=[], multichannel=False,
-    continuously_available=False, read_bytes_max=1, write_bytes_max=1, writable=True,
-)  # fmt: skip
-JOB = Job(id="1", disk="vm", phase="copying", source="/vm.raw", target="/x.raw")
-
-
-class FakeApi:
-    """Remembers what was asked; answers, or raises `trouble`."""
-
-    def __init__(self) -> None:
-        self.asked: list[Any] = []
-        self.trouble: Exception | None = None
-        self.listed = [JOB]
-        self.change = asyncio.Event()
-
-    def _answer(self, value: Any, *asked: Any) -> Any:
-        self.asked.append(asked)
-        if self.trouble is not None:
-            raise self.trouble
-        return value
-
-    async def disks(self) -> list[Disk]:
-        return self._answer([DISK], "disks")
-
-    async def disk(self, name: str) -> Disk:
-        return self._answer(DISK, "disk", name)
-
-    async def attach(self, request: AttachRequest) -> Disk:
-        return self._answer(DISK, "attach", request)
-
-    async def detach(self, name: str, *, force: bool) -> Disk:
-        return self._answer(DISK, "detach", name, force)
-
-    async def upgrade(self, name: str, *, force: bool) -> Disk:
-        return self._answer(DISK, "upgrade", name, force)
-
-    async def move(self, name: str, request: MoveRequest) -> Job:
-        return self._answer(JOB, "move", name, request)
-
-    async def jobs(self, disk: str | None) -> list[Job]:
-        return self._answer(self.listed, "jobs", disk)
-
-    async def job(self, job_id: str) -> Job:
-        return self._answer(JOB, "job", job_id)
-
-    async def steer(self, job_id: str, verb: str) -> Job:
-        return self._answer(JOB, "steer", job_id, verb)
-
-    async def limit(self, job_id: str, request: LimitRequest) -> Job:
-        return self._answer(JOB, "limit", job_id, request)
-
-    async def test_credential(self, request: CredentialTestRequest) -> CredentialTest:
-        return self._answer(CREDENTIAL, "test_credential", request)
-
-    async def job_changed(self, within_s: float) -> None:
-        self._answer(None, "changed")
-        await self.change.wait()
-        self.change.clear()
-
-    async def metrics(self) -> bytes:
-        return self._answer(b"metric 1\n", "metrics")
-
-
-class Served:
-    """A control server on a fake, and requests to it."""
-
-    def __init__(self, path: Path) -> None:
-        self.api = FakeApi()
-        self.path = path
-
-    async def tell_news(self, times: int) -> None:
-        """Change the job; fail when nobody takes notice of it."""
-        for number in range(times):
-            self.api.listed = [msgspec.structs.replace(JOB, passes=number + 1)]
-            self.api.change.set()
-            await eventually_async(lambda: not self.api.change.is_set(), 0.5)
-
-    async def ask(
-        self, method: str, path: str, body: bytes | None = None, *, any_type: bool = False
-    ) -> tuple[int, Any]:
-        """Make one request; return status and document (with `any_type` that may be text)."""
-        return await asyncio.to_thread(self._ask, method, path, body, any_type)
-
-    def _ask(self, method: str, path: str, body: bytes | None, any_type: bool) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("localhost", timeout=10)
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.connect(str(self.path))
-        try:
-            with contextlib.suppress(BrokenPipeError):  # turned away before it was read
-                connection.request(method, path, body)
-            response = connection.getresponse()
-            if any_type and response.getheader("Content-Type", "").startswith("text/plain"):
-                return response.status, response.read()
-            assert response.getheader("Content-Type") in (
-                "application/json", "application/json; charset=utf-8",
-            )  # fmt: skip
-            return response.status, json.loads(response.read())
-        finally:
-            connection.close()
-
-
-class _OverError(Exception):
-    pass
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    """Serve a fake at a socket."""
-    path = tmp_path / "c.sock"
-    one = Served(path)
-    control = ControlServer(one.api, listen(path, Access()))
-    try:
-        async with asyncio.TaskGroup() as group:
-            await control.start(group)
-            yield one
-            await control.close()
-            raise _OverError
-    except* _OverError:
-        pass
 
 
 async def test_every_route(served: Served) -> None:
@@ -283,10 +147,8 @@ async def test_a_failure_of_the_daemon_is_told_and_logged(
     assert (await served.ask("GET", "/v1/disks"))[0] == 200
 
 
-async def test_a_stranger_is_told_and_hung_up_on(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "peer", lambda connection: (1, os.geteuid() + 4711, 1))
+async def test_a_stranger_is_told_and_hung_up_on(served: Served) -> None:
+    served.gate.strangers.add(os.geteuid())
     reader, writer = await asyncio.open_unix_connection(served.path)
     answer = await asyncio.wait_for(reader.read(), 5)
     assert answer.startswith(b"HTTP/1.1 403 Forbidden\r\n")
@@ -295,27 +157,13 @@ async def test_a_stranger_is_told_and_hung_up_on(
     assert not served.api.asked
 
 
-async def test_root_is_let_in(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "peer", lambda connection: (1, 0, 0))
-    assert (await served.ask("GET", "/v1/disks"))[0] == 200
-
-
-async def test_too_many_connections(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "CONNECTIONS_MAX", 1)
-    reader, writer = await asyncio.open_unix_connection(served.path)
-    writer.write(b"GET /v1/disks HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert await asyncio.wait_for(reader.readline(), 5) == b"HTTP/1.1 200 OK\r\n"
-    status, problem = await served.ask("GET", "/v1/disks")
-    assert (status, problem["code"]) == (503, "busy")
-    writer.close()
-
-
-async def test_garbage_ends_one_connection_only(served: Served) -> None:
-    reader, writer = await asyncio.open_unix_connection(served.path)
-    writer.write(b"\x00\x01\x02garbage\r\n\r\n")
-    assert b" 400 " in await asyncio.wait_for(reader.readline(), 5)
-    writer.close()
-    assert (await served.ask("GET", "/v1/disks"))[0] == 200
+@pytest.mark.parametrize("each", OPERATIONS, ids=lambda each: each.name)
+async def test_what_the_gate_forbids_is_not_done(served: Served, each: Operation) -> None:
+    served.gate.forbidden.add(each.name)
+    path = each.path.replace("{verb}", "pause").replace("{name}", "vm").replace("{id}", "1")
+    status, problem = await served.ask(each.method, path, b"{}")
+    assert (status, problem["code"]) == (403, "forbidden")
+    assert not served.api.asked
 
 
 class Events:
@@ -373,7 +221,7 @@ async def test_events_tell_what_changes(served: Served, monkeypatch: pytest.Monk
         served.api.change.set()
         await eventually_async(lambda: not served.api.change.is_set())
     assert await asyncio.to_thread(events.next) is None, "a sign of life"
-    assert set(served.api.asked) == {("jobs", "vm"), ("changed",)}
+    assert set(served.api.asked) == {("jobs", "vm"), ("changed", "vm")}
     events.close()
 
 
@@ -385,7 +233,7 @@ async def test_a_stream_that_can_not_go_on_ends(
     expect_log("events failed")
     events = await asyncio.to_thread(Events, served.path)
     assert await asyncio.to_thread(events.next) is not None
-    await eventually_async(lambda: ("changed",) in served.api.asked)
+    await eventually_async(lambda: ("changed", None) in served.api.asked)
     served.api.trouble = trouble
     served.api.change.set()
     assert await asyncio.to_thread(events.rest) == b"0\r\n\r\n"
@@ -396,7 +244,7 @@ async def test_a_listener_that_goes_is_forgotten(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     events = await asyncio.to_thread(Events, served.path)
-    await eventually_async(lambda: ("changed",) in served.api.asked)
+    await eventually_async(lambda: ("changed", None) in served.api.asked)
     events.close()
     with pytest.raises(pytest.fail.Exception):  # nobody waits for news any more
         await served.tell_news(5)  # the first writes may still succeed

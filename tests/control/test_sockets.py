@@ -12,6 +12,7 @@ import pytest
 from mirrord.control.sockets import (
     SOCKET_PATH_BYTES_MAX,
     Access,
+    Peer,
     check_socket_path,
     dial,
     is_answered,
@@ -44,7 +45,8 @@ def test_listening_replaces_what_a_dead_process_left(tmp_path: Path) -> None:
         assert is_answered(path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
         with dial(path) as connection:
-            assert peer(connection) == (os.getpid(), os.getuid(), os.getgid())
+            groups = frozenset({os.getgid(), *os.getgroups()})
+            assert peer(connection) == Peer(os.getpid(), os.getuid(), groups)
         assert not listener.getblocking()
     remove_socket(path)
     remove_socket(path)
