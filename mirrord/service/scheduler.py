@@ -33,9 +33,8 @@ def waits_for(disk: str, running: Collection[str], max_moves: int | None) -> str
     if disk in running:
         return f"waits for the running move of disk {disk}"
     if max_moves is not None and len(running) >= max_moves:
-        names = ", ".join(sorted(running))
         return (
-            f"waits for a free place: {len(running)} of at most {max_moves} moves run ({names}); "
+            f"waits for a free place: {len(running)} of at most {max_moves} moves run; "
             "max_moves in the configuration sets the limit"
         )
     return f"waits for the process of disk {disk}"

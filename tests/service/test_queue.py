@@ -43,7 +43,6 @@ def test_a_queued_move_says_for_what_it_waits_and_starts_in_its_turn(
     assert phases(daemon) == {"a": "copying", "b": "queued", "c": "queued"}
     reason = daemon.json("jobs", "b")[0]["reason"]
     assert "1 of at most 1" in reason
-    assert "(a)" in reason
     daemon.json("limit", "c", "0")  # before it has begun, too
     daemon.json("limit", "b", "0")
     daemon.json("limit", "a", "0")
@@ -110,5 +109,5 @@ def test_the_decision_is_first_come_first_served() -> None:
 
 def test_what_is_waited_for() -> None:
     assert "of disk a" in waits_for("a", ["a"], None)
-    assert "2 of at most 2 moves run (x, y)" in waits_for("a", ["y", "x"], 2)
+    assert "2 of at most 2 moves run;" in waits_for("a", ["y", "x"], 2)
     assert "process of disk a" in waits_for("a", [], 2)
