@@ -200,7 +200,7 @@ def test_waiting_survives_the_daemons_restart(daemon: Daemon, disk: Path, tmp_pa
 
 def test_a_second_move_is_refused(daemon: Daemon, disk: Path, tmp_path: Path) -> None:
     daemon.attach("vm", disk)
-    daemon.move("vm", tmp_path / "x", "--limit", SLOW)
+    daemon.move("vm", tmp_path / "x", "--limit", "256KiB")  # it must not end meanwhile
     refused = daemon.run("move", "vm", tmp_path / "y", "--json")
     assert (refused.returncode, json.loads(refused.stderr)["code"]) == (4, "job-running")
     other = tmp_path / "other.raw"
