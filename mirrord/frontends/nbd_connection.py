@@ -164,11 +164,19 @@ class Connection(asyncio.BufferedProtocol):
             self.session.stopping = True
             self.pump()
 
+    def flush(self) -> None:
+        """Send the replies of what has ended."""
+        session = self.session
+        if session is not None and session.outgoing:
+            outgoing, session.outgoing = session.outgoing, []
+            self._send(outgoing)
+        self._account()
+
     def close_if_done(self) -> None:
         """Close when the client or the server is through and nothing is in flight any more."""
         session = self.session
         if session is not None and session.ended and not session.in_flight:
-            self._flush()
+            self.flush()
             self._close()
 
     def abort(self) -> None:
@@ -185,12 +193,12 @@ class Connection(asyncio.BufferedProtocol):
         try:
             requests = session.take(self._server.room(self))
         except ProtocolError as error:
-            self._flush()
+            self.flush()
             self._drop(str(error))
             return
         if requests:
             self._start(requests)
-        self._flush()
+        self.flush()
         if requests and session.blocked and self._unread_bytes() < self._limits.unread_bytes_max:
             self._work_soon()
         if (
@@ -322,7 +330,7 @@ class Connection(asyncio.BufferedProtocol):
         elif session.blocked:
             self.pump()
         else:
-            self._flush()
+            self.flush()
             self._steer()
 
     def _answer(self, request: Request, value: Any) -> None:
@@ -372,13 +380,6 @@ class Connection(asyncio.BufferedProtocol):
         return found
 
     # Sending, and when to read on.
-
-    def _flush(self) -> None:
-        session = self.session
-        if session is not None and session.outgoing:
-            outgoing, session.outgoing = session.outgoing, []
-            self._send(outgoing)
-        self._account()
 
     def _send(self, outgoing: Sequence[Buffer]) -> None:
         transport = self._transport

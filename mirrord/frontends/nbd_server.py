@@ -123,6 +123,7 @@ class NbdServer:
     def _busy(self) -> bool:
         """Tell whether something is in flight or on its way out."""
         for connection in self._connections:
+            connection.flush()  # what ended by hand in this turn of the loop is not sent yet
             connection.close_if_done()
         return bool(self._tasks or self._by_hand) or any(c.has_unsent for c in self._connections)
 

@@ -342,6 +342,30 @@ async def test_n15_in_flight_is_finished_and_the_rest_is_told(serve: Serve) -> N
     assert serving.server.clients == []
 
 
+@pytest.mark.parametrize("way", range(3))
+async def test_n15_every_request_in_flight_is_answered_before_the_end(
+    serve: Serve, way: int
+) -> None:
+    """However they wait: what ends in one turn of the loop is answered, to every client."""
+    serving = await serve()
+    clients = [await serving.enter() for _ in range(3)]
+    serving.door.close_gate("write")
+    for client in clients:
+        while (serving.door.started.total() + 1) % 3 != way:
+            client.send(READ, 0, 512)
+            await client.answer(512)
+        started = serving.door.started.total()
+        client.send(WRITE, 0, data=b"x", cookie=1)
+        await serving.door.until(started=started + 1)
+    stopping = asyncio.create_task(serving.server.stop(10))
+    await asyncio.sleep(0)
+    serving.door.open_gate()
+    for client in clients:
+        assert await client.answer() == Answer(1)
+        assert await client.closed() == b""
+    assert await stopping
+
+
 async def test_n15_with_a_successor_nothing_is_refused(serve: Serve) -> None:
     """A client that reconnects would pass ESHUTDOWN on to its guest; silence makes it wait."""
     serving = await serve()
