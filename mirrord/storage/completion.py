@@ -33,7 +33,7 @@ class Completion(asyncio.Future[Any]):
         if self.then is not None:
             try:
                 self.then()
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
                 self.get_loop().call_exception_handler(
                     {"message": "going on failed", "exception": error, "future": self}
                 )

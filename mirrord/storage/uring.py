@@ -65,6 +65,10 @@ _RETRY_DELAY_S = 0.001
 # How often EINTR or EAGAIN of one operation is answered by another try.
 _TRIES_MAX = 16
 
+# What io_uring_enter(2) says when it took nothing, and may take it later. ENOMEM is not in its
+# manual page: a thread's first call allocates.
+_BUSY = (errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENOMEM)
+
 _COUNTER_MASK = 0xFFFFFFFF
 
 _SYSCALL = ctypes.CDLL(None, use_errno=True)
@@ -144,7 +148,7 @@ class Ring:
         """Hand the queued operations over; `queued` says how many the kernel didn't take.
 
         Raises:
-            OSError: EAGAIN, EBUSY or EINTR: nothing was taken, try again later.
+            OSError: one of `_BUSY`: nothing was taken, try again later.
         """
         self._words[self._sq_tail_at] = self._tail
         self.queued -= check(_enter(_SYS_ENTER, self.fd, self.queued, 0, 0, None, 0))
@@ -218,7 +222,15 @@ class _Begun:
         )  # fmt: skip
 
     def end(self, result: int | bytes) -> None:
-        """Take the kernel's result."""
+        """Take the kernel's result. What `ended` raises is told to the loop, as a callback's."""
+        try:
+            self._end(result)
+        except (Exception, asyncio.CancelledError) as error:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "telling of a write's end failed", "exception": error}
+            )
+
+    def _end(self, result: int | bytes) -> None:
         if result == self.length:
             self.ended(None)
             return
@@ -411,7 +423,7 @@ class UringIo(FileIo):
         try:
             self._ring.submit()
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EBUSY, errno.EINTR):
+            if error.errno not in _BUSY:
                 raise
         if self._ring.queued and not self._submit_scheduled:
             self._submit_scheduled = True
@@ -422,6 +434,8 @@ class UringIo(FileIo):
         pending, give = self._pending, self.pool.give
         reaped = self._ring.reap()
         self._in_flight -= len(reaped)
+        if self._backlog:
+            self._go_on()  # before anybody who may start more
         for key, result, _ in reaped:
             completion, _, slot, _, copy_out = pending.pop(key)
             answer: int | bytes = result
@@ -430,8 +444,6 @@ class UringIo(FileIo):
                     answer = slot.view[:result].tobytes()
                 give(slot)
             completion.end(answer)
-        if self._backlog:
-            self._go_on()
         if self._settling:
             waiters, self._settling = self._settling, []
             for waiter in waiters:

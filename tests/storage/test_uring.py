@@ -6,14 +6,17 @@ import asyncio
 import errno
 import os
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
 
 from mirrord.core.geometry import KIB, MIB
 from mirrord.storage import uring
+from mirrord.storage.completion import Completion
 from mirrord.storage.fileio import FileIo, ThreadIo, open_io
 from mirrord.storage.memory_pool import BufferPool
 from mirrord.storage.uring import Ring, UringIo
@@ -43,6 +46,16 @@ async def small() -> AsyncIterator[UringIo]:
     await io.close()
 
 
+def by_hand(work: Coroutine[Any, Any, None]) -> None:
+    """Run what waits for nothing but completions as a frontend does."""
+    try:
+        waits_for = work.send(None)
+    except StopIteration:
+        return
+    assert type(waits_for) is Completion
+    waits_for.then = partial(by_hand, work)
+
+
 class TestRing:
     """What the kernel and this module agree on."""
 
@@ -60,7 +73,7 @@ class TestRing:
 
     async def test_a_busy_kernel_is_asked_again(self, small, descriptor, monkeypatch) -> None:
         real = small._ring.submit
-        refusals = [errno.EAGAIN, errno.EBUSY, errno.EINTR] * 3
+        refusals = [errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENOMEM] * 3
 
         def refuse_first() -> None:
             if refusals:
@@ -75,6 +88,51 @@ class TestRing:
             )
         assert b"".join(answers) == pattern(SIZE)[: 40 * 4096]
         assert not refusals
+
+    async def test_who_goes_on_by_hand_overtakes_nobody(self, small, descriptor) -> None:
+        ended: list[str] = []
+
+        async def chain() -> None:
+            for at in range(50):
+                await small.read_direct(descriptor, at * 4096, 4096)
+            ended.append("chain")
+
+        for _ in range(8):  # as many as may be in flight
+            by_hand(chain())
+        async with asyncio.timeout(DEADLINE_S):
+            await small.read_direct(descriptor, 0, 4096)
+            ended.append("late")
+            await small.settle(descriptor)
+        assert ended[0] == "late"
+
+    @pytest.mark.parametrize("error", [ZeroDivisionError, asyncio.CancelledError])
+    async def test_one_who_fails_going_on_costs_nobody_an_answer(
+        self, small, descriptor, error, monkeypatch
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise error
+
+        told: list[object] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(context["exception"]))
+        real, held = small._ring.reap, []
+
+        def reap() -> list[tuple[int, int, int]]:
+            held.extend(real())
+            all_of_them = sorted(held) if len(held) == 5 else []  # as they were started
+            del held[: len(all_of_them)]
+            return all_of_them
+
+        monkeypatch.setattr(small._ring, "reap", reap)  # all at once
+        small.read_direct(descriptor, 0, 4096).send(None).then = fail
+        assert small.begin_write(descriptor, 0, b"unaligned", fail)
+        reads = (small.read_direct(descriptor, at * 4096, 4096) for at in range(3))
+        async with asyncio.timeout(DEADLINE_S):
+            answers = await asyncio.gather(*reads)
+        loop.set_exception_handler(None)
+        assert b"".join(answers) == pattern(SIZE)[: 3 * 4096]
+        assert [type(one) for one in told] == [error, error]
+        assert small._in_flight == 0
 
     async def test_a_partial_submission_goes_on(self, small, descriptor, monkeypatch) -> None:
         """The kernel may take fewer entries than it was given."""
