@@ -100,15 +100,16 @@ _telling: set[asyncio.Task[None]] = set()
 def tell_the_end(
     work: Coroutine[Any, Any, None], ended: Callable[[OSError | None], None]
 ) -> asyncio.Task[None]:
-    """Run `work`, and tell of its end as `Backend.begin_write` does."""
+    """Run `work`, and tell of its end as `Backend.begin_write` does: outside of any task."""
+    tell = asyncio.get_running_loop().call_soon
 
     async def run() -> None:
         try:
             await work
         except OSError as error:
-            ended(error)
+            tell(ended, error)
         else:
-            ended(None)
+            tell(ended, None)
 
     task = asyncio.get_running_loop().create_task(run())
     _telling.add(task)

@@ -349,7 +349,10 @@ class SimBackend(Backend):
         if self.closed:
             self.world.violate(f"{self.who}: {operation} after close")
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        await self.world.call(self.who, operation, effects, failed=failed, told=told, owner=self)
+        await self.world.call(
+            self.who, operation, effects, failed=failed, told=told, owner=self,
+            by_hand=self._carries,
+        )  # fmt: skip
 
     def began(self) -> None:
         self._calls += 1

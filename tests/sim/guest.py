@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from mirrord.core.geometry import Extent, Status
 from mirrord.frontends.door import carry_on
 from mirrord.storage.backend import UnreachableError
+from mirrord.storage.completion import Completion
 from tests.sim.checker import Checker
 from tests.sim.disk import BLOCK
 from tests.sim.loop import close, elapse
@@ -199,14 +200,16 @@ class Guest:
 
 
 async def eager(request: Coroutine[Any, Any, Any]) -> Any:
-    """Run a request as a frontend does: its first part by hand and outside of any task.
-
-    What needs a task there (`asyncio.timeout`) fails; the rest goes on in a task.
+    """Run a request as a frontend does: by hand and outside of any task, as long as it waits for
+    nothing but completions. What needs a task there (`asyncio.timeout`) fails; the rest goes on in
+    a task.
     """
     loop = asyncio.get_running_loop()
     answer = loop.create_future()
 
-    def start() -> None:
+    def step() -> None:
+        if answer.done():  # its guest is dead
+            return
         try:
             waits_for = request.send(None)
         except StopIteration as stop:
@@ -214,10 +217,13 @@ async def eager(request: Coroutine[Any, Any, Any]) -> Any:
         except Exception as error:
             answer.set_exception(error)
         else:
+            if type(waits_for) is Completion:
+                waits_for.then = step
+                return
             task = loop.create_task(_finish(carry_on(request, waits_for)), name="request")
             task.add_done_callback(lambda task: _pass_on(task, answer))
 
-    loop.call_soon(start)
+    loop.call_soon(step)
     try:
         return await answer
     finally:

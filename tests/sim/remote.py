@@ -241,6 +241,10 @@ class SimHandle(SimBackend):
 
     lost: str | None = None
 
+    def __init__(self, world: World, file: SimFile, who: str, able: Capabilities) -> None:
+        super().__init__(world, file, who, able)
+        self._carries = False  # it answers as servers do
+
     async def _call(
         self,
         operation: str,

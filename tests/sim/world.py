@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from mirrord.storage.completion import Completion
 from tests.sim.loop import SimLoop
 
 # Seconds a call may take: none, a fast disk, a busy one, a very busy one.
@@ -190,11 +191,13 @@ class World:
         failed: Callable[[], None] | None = None,
         told: object = "",
         owner: Owner | None = None,
+        by_hand: bool = False,
     ) -> None:
         """Have the effects, at one or two moments, then return; or fail as the faults say.
 
         Cancelling abandons the answer, never the effects. `failed` is run when a fault says so,
-        instead of some of the effects. `owner` hears when the call really begins and ends.
+        instead of some of the effects. `owner` hears when the call really begins and ends. With
+        `by_hand` the answer is a completion.
         """
         if self.dead or self.point(who, operation, "before"):
             await self.never()
@@ -207,9 +210,12 @@ class World:
                 await self.never()
             return
         call = _Call(self, who, operation, effects, fault, failed, told, owner)
+        if by_hand:
+            call.answer = Completion(self.loop)
         self._in_flight[call] = None
         self.loop.call_later(call.delay_s(), call.step)
-        await call.answer
+        if (error := await call.answer) is not None:
+            raise error
 
     async def never(self) -> None:
         """Wait for what never comes: the dead do nothing."""
@@ -273,7 +279,7 @@ class _Call:
         self.over = False  # and it has no more effects
         if owner is not None:
             owner.began()
-        self.answer: asyncio.Future[None] = world.loop.create_future()
+        self.answer: asyncio.Future[OSError | None] = world.loop.create_future()
         if len(self.effects) > 1 and world.random() < 0.5:
             world.rng.shuffle(self.effects)
 
@@ -314,8 +320,13 @@ class _Call:
     def reply(self) -> None:
         if not self.world.dead:
             self._end()
-            if not self.answer.done():
-                self.answer.set_result(None)
+            self._answer(None)
+
+    def _answer(self, error: OSError | None) -> None:
+        if isinstance(self.answer, Completion):
+            self.answer.end(error)
+        elif not self.answer.done():
+            self.answer.set_result(error)
 
     def _end(self) -> None:
         self.world._in_flight.pop(self, None)
@@ -328,8 +339,7 @@ class _Call:
             self.lost = True
             if self.owner is not None:
                 self.owner.ended()
-            if not self.answer.done():
-                self.answer.set_exception(why())
+            self._answer(why())
         if gone:
             self.land(self.world.random)
             self.over = True
@@ -355,5 +365,4 @@ class _Call:
         if world.point(self.who, self.operation, "after"):
             return
         self._end()
-        if not self.answer.done():
-            self.answer.set_exception(OSError(fault.errno, os.strerror(fault.errno)))
+        self._answer(OSError(fault.errno, os.strerror(fault.errno)))
