@@ -46,7 +46,7 @@ def _tell(channel: Path) -> int | None:
     """Tell the process at its private channel to end, and return its pidfd; None if it's gone."""
     with contextlib.suppress(ConnectionRefusedError, FileNotFoundError, ProcessLookupError):
         with dial(channel) as connection:
-            pid, _, _ = peer(connection)
+            pid = peer(connection).pid
         pidfd = os.pidfd_open(pid)
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
         return pidfd
