@@ -194,6 +194,15 @@ class Problem(msgspec.Struct, frozen=True):
     message: str
 
 
+class RequestCount(msgspec.Struct, frozen=True):
+    """Guests' requests of one kind, as `frontends.counters.Count` has them."""
+
+    buckets: list[int]
+    seconds: float
+    bytes: int
+    errors: int
+
+
 class DiskStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What a disk process tells the daemon about itself."""
 
@@ -207,6 +216,7 @@ class DiskStatus(msgspec.Struct, frozen=True, kw_only=True):
     share: Share | None = None
     target_share: Share | None = None
     version: str | None = None
+    requests: dict[str, RequestCount] = msgspec.field(default_factory=dict)  # by kind
 
 
 class Call(msgspec.Struct, frozen=True):
