@@ -9,9 +9,6 @@ or smb://, and why.
 from __future__ import annotations
 
 import os
-import shutil
-import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from mirrord.service.mounts import MOUNTINFO, ShareMount, advise, read_mounts
 EXIT_PROBLEM = 1
 NAME_COLUMNS = 12  # longer names are those of shares
 INDENT = " " * 9  # what levels take
+CONTINUED = INDENT + "  "
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
@@ -40,8 +38,7 @@ class Diagnosis(msgspec.Struct, frozen=True):
 def run(config: Path | None, socket: Path | None, json: bool) -> int:
     """Look at everything and print it; return the exit code."""
     found = diagnose(config, socket)
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    display.put(found, json, lambda shown: describe(shown, columns))
+    display.put(found, json, lambda shown: describe(shown, display.terminal_columns()))
     return EXIT_PROBLEM if any(check.level == "problem" for check in found.checks) else 0
 
 
@@ -108,16 +105,12 @@ def describe(found: Diagnosis, columns: int | None = None) -> str:
     lines = []
     for check in found.checks:
         text = f"{check.level:<7}  {check.name:<{NAME_COLUMNS}}  {check.text}"
-        lines.append(_wrap(text + (f" — {check.advice}" if check.advice else ""), columns))
+        text += f" — {check.advice}" if check.advice else ""
+        lines.append(display.wrapped(text, CONTINUED, columns))
     for mount in found.mounts:
         text = f"{mount.level:<7}  mount {mount.mount} of {mount.source} — {mount.advice}"
-        lines += ["", _wrap(text, columns)]
-        lines += [_wrap(f"{INDENT}· {reason}", columns) for reason in mount.why]
+        lines += ["", display.wrapped(text, CONTINUED, columns)]
+        lines += [
+            display.wrapped(f"{INDENT}· {reason}", CONTINUED, columns) for reason in mount.why
+        ]
     return "\n".join(lines)
-
-
-def _wrap(line: str, columns: int | None) -> str:
-    if columns is None:
-        return line
-    indent = INDENT + "  "
-    return textwrap.fill(line, columns, subsequent_indent=indent, break_on_hyphens=False)

@@ -86,11 +86,13 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One line of a job's story."""
+    """One phase of a job's story, or one pass."""
 
-    time: str
+    time: str  # when it began
     phase: PhaseName
-    text: str
+    text: str  # why it was entered
+    predicted_s: float | None = None  # the first estimate of how long it will take; None: none
+    took_s: float | None = None  # None while it is the last one
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
