@@ -401,6 +401,10 @@ def demo(
 
 @app.command()
 def doctor(
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PLACE]...", help="Folders to look at, beside those of disks."),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="F", help="The configuration file.", show_default=False),
@@ -408,10 +412,13 @@ def doctor(
     json: Json = False,
     socket: Socket = None,
 ) -> None:
-    """Look whether this host, the configuration and the shares are in order. Changes nothing."""
+    """Look whether this host, the configuration, disks' storage and shares are in order.
+
+    Changes nothing. Exit code 1 for a problem.
+    """
     from mirrord import doctor as consultation
 
-    raise typer.Exit(consultation.run(config, socket, json))
+    raise typer.Exit(consultation.run(config, socket, places or (), json))
 
 
 def _client(socket: Path | None) -> Client:

@@ -231,7 +231,9 @@ def wrapped(line: str, indent: str, columns: int | None) -> str:
     """Return a line that is continued with `indent` where it is longer than `columns`."""
     if columns is None:
         return line
-    return textwrap.fill(line, columns, subsequent_indent=indent, break_on_hyphens=False)
+    return textwrap.fill(
+        line, columns, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )  # a path stays one that can be copied
 
 
 def terminal_columns() -> int | None:
