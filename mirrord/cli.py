@@ -245,13 +245,21 @@ def job(
     job_id: Annotated[
         str, typer.Argument(metavar="ID", help="The job, or the beginning of its id.")
     ],
+    story: Annotated[
+        bool,
+        typer.Option("--story", help="When each phase began, how long it took, and why."),
+    ] = False,
     json: Json = False,
     socket: Socket = None,
 ) -> None:
-    """Show one move: its phase, its numbers, its story."""
+    """Show one move: its phase and its numbers, or its story. --json has both."""
     if not job_id:
         raise UsageError("the job's id is empty; see 'mirrord jobs'")
-    display.put(_client(socket).job(job_id), json, display.job)
+
+    def told(shown: Job) -> str:
+        return display.story(shown, display.terminal_columns()) if story else display.job(shown)
+
+    display.put(_client(socket).job(job_id), json, told)
 
 
 def _steer(name: str, verb: str, json: bool, socket: Path | None) -> None:
@@ -393,6 +401,10 @@ def demo(
 
 @app.command()
 def doctor(
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PLACE]...", help="Folders to look at, beside those of disks."),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="F", help="The configuration file.", show_default=False),
@@ -400,10 +412,13 @@ def doctor(
     json: Json = False,
     socket: Socket = None,
 ) -> None:
-    """Look whether this host, the configuration and the shares are in order. Changes nothing."""
+    """Look whether this host, the configuration, disks' storage and shares are in order.
+
+    Changes nothing. Exit code 1 for a problem.
+    """
     from mirrord import doctor as consultation
 
-    raise typer.Exit(consultation.run(config, socket, json))
+    raise typer.Exit(consultation.run(config, socket, places or (), json))
 
 
 def _client(socket: Path | None) -> Client:

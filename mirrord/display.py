@@ -5,6 +5,9 @@ Plain text throughout; only a progress bar on a terminal needs more, and imports
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -12,11 +15,14 @@ from typing import Any, TextIO, TypeVar
 
 import msgspec
 
-from mirrord.control.messages import CredentialTest, Disk, Job, Share
+from mirrord.control.messages import CredentialTest, Disk, Job, Share, Step
 from mirrord.core.units import format_bytes, format_duration, format_rate
 
 Shown = TypeVar("Shown")
 
+ID_LENGTH = 8  # of an id that only has to be told from others
+STORY_INDENT = " " * 10  # what a time takes
+WORTH_S = 0.1  # a phase that is shorter, and was thought to be, was predicted well enough
 LINE_EVERY_S = 1.0  # progress lines where no terminal is
 
 
@@ -158,7 +164,7 @@ def jobs(found: list[Job]) -> str:
         return "no moves; 'mirrord move NAME TARGET' starts one"
     rows = [
         (
-            each.id,
+            each.id[:ID_LENGTH],
             each.disk,
             each.phase,
             format_bytes(each.bytes_copied),
@@ -172,7 +178,7 @@ def jobs(found: list[Job]) -> str:
 
 
 def job(shown: Job) -> str:
-    """Return all about one job, its story at the end."""
+    """Return all about one job but its story."""
     rows = [
         ("id", shown.id),
         ("disk", shown.disk),
@@ -191,9 +197,48 @@ def job(shown: Job) -> str:
         ("verified", "yes" if shown.verified else "no"),
         ("created", shown.created or "-"),
         ("ended", shown.ended or "-"),
+        ("story", f"mirrord job {shown.id[:ID_LENGTH]} --story"),
     ]
-    story = "".join(f"\n  {step.time[:19]}  {step.phase}: {step.text}" for step in shown.story)
-    return pairs(rows) + story
+    return pairs(rows)
+
+
+def story(shown: Job, columns: int | None = None) -> str:
+    """Return a job's phases: when each began, how long it took and was thought to take, and why.
+
+    Lines longer than `columns` are continued below their own text.
+    """
+    lines = [f"disk {shown.disk}: {shown.source} → {shown.target} (job {shown.id})", ""]
+    day = ""
+    for step in shown.story:
+        if step.time[:10] != day:
+            day = step.time[:10]
+            lines.append(f"{day}, UTC")
+        lines.append(f"{step.time[11:19]}  {step.phase:<12}  {_lasted(step)}".rstrip())
+        lines.append(wrapped(f"{STORY_INDENT}{step.text}", STORY_INDENT, columns))
+    end = outcome(shown) if shown.ended_already else f"now: {progress_line(shown)}"
+    return "\n".join([*lines, "", wrapped(end, "", columns)])
+
+
+def _lasted(step: Step) -> str:
+    """Say how long a phase took and was thought to take, if either is worth a word."""
+    said = [] if step.took_s is None else [format_duration(step.took_s)]
+    if step.predicted_s is not None and max(step.took_s or 0.0, step.predicted_s) >= WORTH_S:
+        said.append(f"predicted {format_duration(step.predicted_s)}")
+    return ", ".join(said)
+
+
+def wrapped(line: str, indent: str, columns: int | None) -> str:
+    """Return a line that is continued with `indent` where it is longer than `columns`."""
+    if columns is None:
+        return line
+    return textwrap.fill(
+        line, columns, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )  # a path stays one that can be copied
+
+
+def terminal_columns() -> int | None:
+    """Return how wide the terminal is; None where the output isn't one."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _rate(rate: float | None) -> str:

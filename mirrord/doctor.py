@@ -1,33 +1,33 @@
 """`mirrord doctor`: looks whether this host, its configuration and its shares are in order.
 
 It changes nothing, and needs neither root nor a daemon. Each line says how a thing is and what to
-do about it: `ok`, `advice` (it works, and could be better), `problem` (something won't work). A
-problem is exit code 1. After that come the mounted shares: what serves a disk better, the mount
-or smb://, and why.
+do about it: `ok`, `advice` (it works, and could be better), `problem` (something won't work, or
+something will be lost). A problem is exit code 1. After that come the mounted shares: what serves
+a disk better, the mount or smb://, and why.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import sys
-import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from mirrord import display
 from mirrord.control.client import Client
-from mirrord.errors import MirrordError, NoDaemonError, RefusedError
-from mirrord.service import checks
+from mirrord.errors import MirrordError, NoDaemonError, RefusedError, UsageError
+from mirrord.service import checks, host_checks, record_checks, storage_checks
 from mirrord.service.checks import Check
 from mirrord.service.config import Config, default_runtime_dir, default_state_dir
 from mirrord.service.mounts import MOUNTINFO, ShareMount, advise, read_mounts
+from mirrord.service.places import is_share
+from mirrord.service.state import Directories
 
 EXIT_PROBLEM = 1
 NAME_COLUMNS = 12  # longer names are those of shares
 INDENT = " " * 9  # what levels take
+CONTINUED = INDENT + "  "
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
@@ -37,22 +37,22 @@ class Diagnosis(msgspec.Struct, frozen=True):
     mounts: list[ShareMount]
 
 
-def run(config: Path | None, socket: Path | None, json: bool) -> int:
-    """Look at everything and print it; return the exit code."""
-    found = diagnose(config, socket)
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    display.put(found, json, lambda shown: describe(shown, columns))
+def run(config: Path | None, socket: Path | None, places: Sequence[str], json: bool) -> int:
+    """Look at everything and print it; return the exit code. Raises UsageError."""
+    found = diagnose(config, socket, [_folder(place) for place in places])
+    display.put(found, json, lambda shown: describe(shown, display.terminal_columns()))
     return EXIT_PROBLEM if any(check.level == "problem" for check in found.checks) else 0
 
 
 def diagnose(
     config: Path | None,
     socket: Path | None,
+    places: Sequence[Path] = (),
     *,
     mountinfo: Path = MOUNTINFO,
     environ: Mapping[str, str] = os.environ,
 ) -> Diagnosis:
-    """Look at everything. Changes nothing."""
+    """Look at everything, and at the folders `places` beside those of disks. Changes nothing."""
     mounts = read_mounts(mountinfo)
     settings, read = checks.check_config(config)
     credentials = {
@@ -64,19 +64,44 @@ def diagnose(
         for section, share in settings.smb.items()
         if credentials[section].level != "problem"
     }
+    directories = Directories(
+        Path(settings.state_dir or default_state_dir()),
+        Path(settings.runtime_dir or default_runtime_dir()),
+    )
+    known = record_checks.recall(directories)
+    folders = known.folders() | set(places)
     found = [
-        checks.check_python(),
-        checks.check_io(),
-        checks.check_descriptors(),
-        checks.check_fuse(),
+        host_checks.check_python(),
+        host_checks.check_kernel(),
+        host_checks.check_io(),
+        *host_checks.check_limits(),
+        host_checks.check_fuse(),
+        host_checks.check_clock(),
+        host_checks.check_systemd(),
         read,
-        checks.check_state(Path(settings.state_dir or default_state_dir()), mounts),
         check_daemon(settings, socket),
+        checks.check_state(directories.state, mounts),
+        *record_checks.check_records(directories, known),
+        *storage_checks.check_folders({*folders, *_state_folder(directories)}, mounts, known.disks),
+        *record_checks.check_leftovers(directories, folders | known.former_folders(), mounts),
         *checks.check_libraries(settings.smb),
     ]
     for section, share in settings.smb.items():
         found += [credentials[section], checks.check_strength(section, share)]
     return Diagnosis(found, advise(mounts, usable))
+
+
+def _folder(place: str) -> Path:
+    """Return the folder that a place is, or that it lies in."""
+    if is_share(place):
+        raise UsageError(f"{place} lies on a share: 'mirrord credential test {place}' looks at it")
+    path = Path(place).absolute()
+    return path.parent if path.exists() and not path.is_dir() else path
+
+
+def _state_folder(directories: Directories) -> list[Path]:
+    """Return the state directory, if a daemon has made it: its journals need a flush, too."""
+    return [directories.state] if directories.state.is_dir() else []
 
 
 def check_daemon(config: Config, socket: Path | None) -> Check:
@@ -108,16 +133,12 @@ def describe(found: Diagnosis, columns: int | None = None) -> str:
     lines = []
     for check in found.checks:
         text = f"{check.level:<7}  {check.name:<{NAME_COLUMNS}}  {check.text}"
-        lines.append(_wrap(text + (f" — {check.advice}" if check.advice else ""), columns))
+        text += f" — {check.advice}" if check.advice else ""
+        lines.append(display.wrapped(text, CONTINUED, columns))
     for mount in found.mounts:
         text = f"{mount.level:<7}  mount {mount.mount} of {mount.source} — {mount.advice}"
-        lines += ["", _wrap(text, columns)]
-        lines += [_wrap(f"{INDENT}· {reason}", columns) for reason in mount.why]
+        lines += ["", display.wrapped(text, CONTINUED, columns)]
+        lines += [
+            display.wrapped(f"{INDENT}· {reason}", CONTINUED, columns) for reason in mount.why
+        ]
     return "\n".join(lines)
-
-
-def _wrap(line: str, columns: int | None) -> str:
-    if columns is None:
-        return line
-    indent = INDENT + "  "
-    return textwrap.fill(line, columns, subsequent_indent=indent, break_on_hyphens=False)

@@ -86,11 +86,13 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One line of a job's story."""
+    """One phase of a job's story, or one pass."""
 
-    time: str
+    time: str  # when it began
     phase: PhaseName
-    text: str
+    text: str  # why it was entered
+    predicted_s: float | None = None  # the first estimate of how long it will take; None: none
+    took_s: float | None = None  # None while it is the last one
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,6 +196,15 @@ class Problem(msgspec.Struct, frozen=True):
     message: str
 
 
+class RequestCount(msgspec.Struct, frozen=True):
+    """Guests' requests of one kind, as `frontends.counters.Count` has them."""
+
+    buckets: list[int]
+    seconds: float
+    bytes: int
+    errors: int
+
+
 class DiskStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What a disk process tells the daemon about itself."""
 
@@ -207,6 +218,7 @@ class DiskStatus(msgspec.Struct, frozen=True, kw_only=True):
     share: Share | None = None
     target_share: Share | None = None
     version: str | None = None
+    requests: dict[str, RequestCount] = msgspec.field(default_factory=dict)  # by kind
 
 
 class Call(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ job's story and changes nothing. The README's diagram is made from it. Three gro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from mirrord.errors import MirrordError
@@ -123,6 +123,7 @@ MOVES: dict[Phase, dict[Event, Phase]] = {
 }
 
 TERMINAL = frozenset(phase for phase, moves in MOVES.items() if not moves)
+COUNTED = frozenset({Phase.COPYING, Phase.CATCHING_UP, Phase.MIRRORING})  # end at 0 bytes left
 MIRRORED = frozenset({Phase.MIRRORING, Phase.VERIFYING, Phase.CUTTING_OVER})
 REVERSIBLE = frozenset(MOVES) - TERMINAL - {Phase.RETIRING}
 
@@ -141,6 +142,7 @@ class Step:
     phase: Phase  # the phase entered
     event: Event
     reason: str  # why, with the numbers
+    predicted_s: float | None = None  # how long it was thought to take, as soon as that was known
 
 
 @dataclass(slots=True)
@@ -162,6 +164,16 @@ class Migration:
         self.story.append(Step(time_s, after, event, reason))
         del self.story[1:-STORY_STEPS_MAX]
         return after
+
+    def predict(self, left_s: float, time_s: float) -> bool:
+        """Note how long the present step will take in all. The first estimate counts: it returns
+        False, changing nothing, when there is one."""
+        step = self.story[-1]
+        if step.predicted_s is not None:
+            return False
+        since_s = max(0.0, time_s - step.time_s)  # people set clocks
+        self.story[-1] = replace(step, predicted_s=since_s + left_s)
+        return True
 
     def allows(self, event: Event) -> bool:
         """Tell whether `event` has a move from the present phase."""

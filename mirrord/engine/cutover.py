@@ -34,7 +34,7 @@ from mirrord.engine.tracking import WriteTracker
 from mirrord.errors import TargetError
 from mirrord.storage.backend import Backend, Place
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("mirrord.engine")
 
 Outcome = tuple[Event, str]
 

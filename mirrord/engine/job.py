@@ -24,6 +24,7 @@ from typing import Any
 from mirrord.core.bitmap import DirtyBitmap
 from mirrord.core.journal import Authority, Kind, State
 from mirrord.core.migration import (
+    COUNTED,
     MIRRORED,
     MOVES,
     REVERSIBLE,
@@ -134,7 +135,7 @@ class Job:
         remaining = self._remaining(copier) if phase is not Phase.RETIRING else 0
         dirty_rate = 0.0 if phase in MIRRORED else self.rates.dirty
         known = self.progress.scanned or phase is Phase.RETIRING
-        moving = phase in (Phase.COPYING, Phase.CATCHING_UP, Phase.MIRRORING)
+        moving = known and phase in COUNTED
         return JobStatus(
             job_id=self.request.job_id,
             disk=self.request.disk,
@@ -146,7 +147,7 @@ class Job:
             bytes_remaining=remaining,
             copy_rate=self.rates.copy if copier else None,
             dirty_rate=self.rates.dirty if copier else None,
-            eta_s=eta(remaining, self.rates.copy, dirty_rate) if moving and known else None,
+            eta_s=eta(remaining, self.rates.copy, dirty_rate) if moving else None,
             passes=self.progress.passes,
             pause_ms=None if self.pause_s is None else self.pause_s * 1000,
             verified=self.verified,
@@ -260,8 +261,7 @@ class Job:
         self.disk.follow(self.tracker)
 
     async def _climb(self) -> None:
-        first = self._first_event()
-        self._enter(*first)
+        self._enter(*self._first_event())
         if self.tracker is not None:
             loops = [*self.housekeeping.loops(), self._sampling(), self._flush_source(self.tracker)]
             self._helpers = [self._tasks.create_task(loop) for loop in loops]
@@ -318,6 +318,7 @@ class Job:
             self.housekeeping.checkpoints = phase is not Phase.CUTTING_OVER
         if phase not in REVERSIBLE:
             self._stop_helpers()
+        self._predict()
         self.around.changed(self)
 
     def _stop_helpers(self) -> None:
@@ -369,6 +370,15 @@ class Job:
         while True:
             await asyncio.sleep(self.settings.sample_s)
             self.sample()
+            if self._predict():
+                self.around.changed(self)
+
+    def _predict(self) -> bool:
+        """Note how long the present pass will take, once that can be told; True if it was now."""
+        if self.held or self.migration.phase not in COUNTED or not self.rates.copy:
+            return False
+        left_s = self._remaining(self.copier) / self.rates.copy
+        return self.migration.predict(left_s, self.around.wall())
 
     def sample(self) -> None:
         """Measure the rates, and put the counters where a kill doesn't reach them."""
@@ -376,8 +386,7 @@ class Job:
         copied = self.copier.copied_bytes
         self.progress.bytes_copied = self._copied_before + copied
         self.progress.save()
-        now_s = self.around.clock()
-        self.rates.sample(copied, self.bitmap.dirtied_bytes, now_s)
+        self.rates.sample(copied, self.bitmap.dirtied_bytes, self.around.clock())
 
     # Trouble, and the end
 

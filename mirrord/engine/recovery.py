@@ -123,7 +123,7 @@ async def recover(
             job = None
         else:
             job = None
-            await _conclude_aborted(places, request, ledger)
+            await _conclude_aborted(places, request, around, ledger)
     except BaseException:
         await source.close()
         raise
@@ -187,7 +187,7 @@ async def _recover_prepared(
         else:
             reason = f"the source changed size from {expected.size} to {source.size} bytes"
         await ledger.append(Kind.ABORT, {"reason": reason})
-        await _conclude_aborted(places, request, ledger)
+        await _conclude_aborted(places, request, around, ledger)
         return None
     try:
         target, intent_map, bitmap, progress = await _find_target(
@@ -197,7 +197,7 @@ async def _recover_prepared(
         # The target is out of reach; the guest must not wait for it.
         reason = f"the target could not be opened after a restart: {error}"
         await ledger.append(Kind.ABORT, {"reason": reason})
-        await _conclude_aborted(places, request, ledger)
+        await _conclude_aborted(places, request, around, ledger)
         return None
     return _job(
         request, disk, places, (expected, target.identity), store, ledger, around,
@@ -303,7 +303,9 @@ def _believe_intents(intent_map: IntentMap, bitmap: DirtyBitmap, progress: Progr
     progress.save()
 
 
-async def _conclude_aborted(places: Places, request: JobRequest, ledger: Ledger) -> None:
+async def _conclude_aborted(
+    places: Places, request: JobRequest, around: Surroundings, ledger: Ledger
+) -> None:
     """Row C17: the target of an aborted job is deleted, then the journal is closed."""
     outcome = ledger.outcome
     if outcome.finished:
@@ -311,7 +313,8 @@ async def _conclude_aborted(places: Places, request: JobRequest, ledger: Ledger)
     reason = (outcome.abort or {}).get("reason", "aborted")
     assert outcome.prep is not None
     left = await _discard(places, request, Identity(**outcome.prep["target"]))
-    await ledger.append(Kind.DONE, {"phase": _phase_of(outcome.abort), "reason": f"{reason}{left}"})
+    summary = {"phase": _phase_of(outcome.abort), "reason": f"{reason}{left}"}
+    await ledger.append(Kind.DONE, {**summary, "ended_s": around.wall()})
 
 
 async def _discard(places: Places, request: JobRequest, identity: Identity | None) -> str:

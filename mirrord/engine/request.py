@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mirrord.core.bitmap import bitmap_bytes_for
-from mirrord.core.migration import Phase, Step
+from mirrord.core.migration import Event, Phase, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +60,44 @@ class JobStatus:
     story: tuple[Step, ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """Return what the DONE record keeps: everything but the story, which is kept short."""
+        """Return what the DONE record keeps: everything, of a long story its first step and the
+        last ones."""
         kept = asdict(replace(self, story=()))
         kept["phase"] = self.phase.value
-        kept["story"] = [
-            {"time_s": s.time_s, "phase": s.phase.value, "event": s.event.value, "reason": s.reason}
-            for s in self.story[-SUMMARY_STEPS_MAX:]
-        ]
+        story = self.story
+        if len(story) > SUMMARY_STEPS_MAX:
+            story = (story[0], *story[1 - SUMMARY_STEPS_MAX :])
+        kept["story"] = [tell(step) for step in story]
         return kept
 
 
-SUMMARY_STEPS_MAX = 60  # keeps the DONE record below its 64 KiB with reasons of a few lines
+# Together they keep the DONE record below its 64 KiB, beside paths of 4 KiB each. A reason is a
+# line or two; one with long paths is cut.
+SUMMARY_STEPS_MAX = 60
+REASON_BYTES_MAX = 400
+
+
+def tell(step: Step) -> dict[str, Any]:
+    """Return a step as it is kept in files."""
+    return {
+        "time_s": step.time_s,
+        "phase": step.phase.value,
+        "event": step.event.value,
+        "reason": step.reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore"),
+        "predicted_s": step.predicted_s,
+    }
+
+
+def hear(told: dict[str, Any]) -> Step:
+    """Return the step that was told. Raises KeyError, ValueError, TypeError for what is none."""
+    return Step(
+        time_s=float(told["time_s"]),
+        phase=Phase(told["phase"]),
+        event=Event(told["event"]),
+        reason=str(told["reason"]),
+        predicted_s=None if told["predicted_s"] is None else float(told["predicted_s"]),
+    )
+
 
 _TAIL = struct.Struct("<QQII")  # bytes_total, bytes_copied, passes, scanned
 

@@ -21,6 +21,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Coroutine, Sequence
 from functools import partial
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from mirrord.core.geometry import KIB, Extent
@@ -56,6 +57,7 @@ class Connection(asyncio.BufferedProtocol):
         self._behind: set[Connection] = set()  # gone, with requests that must end before ours
         self._server = server
         self._door = server.door
+        self._counters = server.counters
         self._limits = server.limits
         self._inbox = Inbox()
         self._handshake = Handshake(server.export, self._inbox, server.limits)
@@ -243,8 +245,10 @@ class Connection(asyncio.BufferedProtocol):
     def _start(self, requests: list[Request]) -> None:
         """Begin every request; answer those that end at once."""
         session = cast(Session, self.session)
-        read, write = self._door.read, self._door.write
-        ended = freed_bytes = 0
+        read, write, moved = self._door.read, self._door.write, self._counters.moved_bytes
+        begun_ns = perf_counter_ns()  # they came together, and their answers leave together
+        ended: list[int] = []
+        freed_bytes = 0
         work: Coroutine[Any, Any, Any]
         for request in requests:
             command, flags, cookie, offset, length, data = request
@@ -259,26 +263,31 @@ class Connection(asyncio.BufferedProtocol):
             except StopIteration as stop:
                 if command == CMD_WRITE:
                     session.answer(cookie)
+                    moved[CMD_WRITE] += length
                 else:
                     self._answer(request, stop.value)
             except Exception as error:
                 self._fail(request, error)
             else:
-                self._wait(request, work, waits_for)
+                self._wait(request, work, waits_for, begun_ns)
                 continue
-            ended += 1
+            ended.append(command)
             freed_bytes += length if command <= CMD_WRITE else cost(request)
-        session.done(ended, freed_bytes)
+        if ended:
+            self._counters.count(ended, begun_ns)
+        session.done(len(ended), freed_bytes)
 
-    def _wait(self, request: Request, work: Coroutine[Any, Any, Any], waits_for: Any) -> None:
+    def _wait(
+        self, request: Request, work: Coroutine[Any, Any, Any], waits_for: Any, begun_ns: int
+    ) -> None:
         """Have the rest of a request done when what it waits for has come."""
         if type(waits_for) is Completion:
             self._server.waits(1)
-            waits_for.then = partial(self._go_on, request, work)
+            waits_for.then = partial(self._go_on, request, work, begun_ns)
         else:
-            self._server.own(self._finish(request, carry_on(work, waits_for)))
+            self._server.own(self._finish(request, carry_on(work, waits_for), begun_ns))
 
-    def _go_on(self, request: Request, work: Coroutine[Any, Any, Any]) -> None:
+    def _go_on(self, request: Request, work: Coroutine[Any, Any, Any], begun_ns: int) -> None:
         """Take the next step by hand."""
         self._server.waits(-1)
         try:
@@ -288,21 +297,22 @@ class Connection(asyncio.BufferedProtocol):
         except Exception as error:
             self._fail(request, error)
         else:
-            self._wait(request, work, waits_for)
+            self._wait(request, work, waits_for, begun_ns)
             return
-        self._ended(request)
+        self._ended(request, begun_ns)
 
-    async def _finish(self, request: Request, rest: Awaitable[Any]) -> None:
+    async def _finish(self, request: Request, rest: Awaitable[Any], begun_ns: int) -> None:
         try:
             value = await rest
         except Exception as error:
             self._fail(request, error)
         else:
             self._answer(request, value)
-        self._ended(request)
+        self._ended(request, begun_ns)
 
-    def _ended(self, request: Request) -> None:
+    def _ended(self, request: Request, begun_ns: int) -> None:
         session = cast(Session, self.session)
+        self._counters.count([request.command], begun_ns)
         session.done(1, cost(request))
         if session.ended and not session.in_flight:
             self._server.settled(self)
@@ -346,6 +356,7 @@ class Connection(asyncio.BufferedProtocol):
             session.answer_status(request, cast(dict[str, Sequence[Extent]], value))
         else:
             session.answer(request.cookie)
+        self._counters.moved_bytes[request.command] += request.length
 
     def _fail(self, request: Request, error: Exception) -> None:
         """Answer with the error's errno; anything but an OSError is a defect, told as EIO."""
@@ -353,6 +364,8 @@ class Connection(asyncio.BufferedProtocol):
         if not isinstance(error, OSError):
             logger.error("failed command=%d", request.command, exc_info=error)
         code = wire.to_wire(number, request.flags)
+        if code != wire.ENOTSUP:  # what a fast zero asks for: no failure of the disk's
+            self._counters.errors[request.command] += 1
         cast(Session, self.session).answer_error(request.command, request.cookie, code)
 
     def _other(self, request: Request) -> Coroutine[Any, Any, Any]:

@@ -22,6 +22,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mirrord.frontends.counters import Counters
 from mirrord.frontends.door import Door
 from mirrord.frontends.nbd_connection import Connection
 from mirrord.nbd.handshake import Export
@@ -55,6 +56,7 @@ class NbdServer:
         self.door = door
         self.limits = limits or Limits()
         self.export = Export(door.name, door.size, door.read_only, description)
+        self.counters = Counters()
         self.stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listener: socket.socket | None = None

@@ -1,16 +1,13 @@
-"""What `mirrord doctor` looks at on this host: each check is one function that changes nothing.
+"""What `mirrord doctor` looks at: the configuration, the state directory, shares, libraries.
 
-No check raises, and none waits for another host. Heavy modules are only imported when the
-configuration asks for what they are needed for.
+Each check is one function that changes nothing. None raises, and none waits for another host.
+Heavy modules are only imported when the configuration asks for what they are needed for.
 """
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import os
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -26,8 +23,6 @@ from mirrord.service.credentials import DIRECTORY_VARIABLE, load
 from mirrord.service.mounts import Mount, mount_of
 from mirrord.service.shares import ShareConfig, weaknesses
 
-PYTHON_MIN = (3, 11)
-DESCRIPTORS_MIN = 4096  # a disk takes three in the daemon, a client one in its disk's process
 VOLATILE = {"tmpfs", "ramfs"}
 REMOTE = {"nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "glusterfs", "afs"}
 UNIT_CREDENTIALS = "/run/credentials/mirrord.service"  # where systemd puts the unit's
@@ -38,66 +33,16 @@ _GCM_PROBE_BYTES = 1 << 20
 _GCM_RATE_MIN = 256 << 20  # below this the processor has no instructions for it
 
 
+Level = Literal["ok", "advice", "problem"]
+
+
 class Check(msgspec.Struct, frozen=True):
     """What was looked at, how it is, and what to do about it."""
 
     name: str
-    level: Literal["ok", "advice", "problem"]
+    level: Level
     text: str
     advice: str = ""
-
-
-def check_python() -> Check:
-    """Look at the interpreter's version."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info[:2] < PYTHON_MIN:
-        return Check("python", "problem", f"Python {version}", "install Python 3.11 or later")
-    return Check("python", "ok", f"Python {version}")
-
-
-def check_io() -> Check:
-    """Look whether the kernel lets this user do file operations by io_uring."""
-    from mirrord.storage.fileio import open_io
-
-    async def probe() -> str:
-        io = open_io()
-        try:
-            return io.name
-        finally:
-            await io.close()
-
-    if asyncio.run(probe()) == "io_uring":
-        return Check("io", "ok", "io_uring")
-    return Check(
-        "io",
-        "advice",
-        "threads: the kernel forbids io_uring here, or is older than 5.6",
-        "allow it for about twice the rate: sysctl kernel.io_uring_disabled=0, and the "
-        "container's seccomp profile",
-    )
-
-
-def check_descriptors() -> Check:
-    """Look at how many files a daemon started here may open: it raises its limit by itself."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most == resource.RLIM_INFINITY or most >= DESCRIPTORS_MIN:
-        shown = "no limit" if most == resource.RLIM_INFINITY else str(most)
-        return Check("descriptors", "ok", f"a daemon started here may open {shown} files")
-    return Check(
-        "descriptors",
-        "advice",
-        f"a daemon started here may open only {most} files",
-        "raise the hard limit: LimitNOFILE= of the unit, or ulimit -H -n",
-    )
-
-
-def check_fuse(device: Path = Path("/dev/fuse")) -> Check:
-    """Look for what disks that appear as files will need; nothing needs it yet."""
-    if os.access(device, os.R_OK | os.W_OK):
-        return Check("fuse", "ok", f"{device} can be used")
-    return Check(
-        "fuse", "advice", f"{device} can't be used", "nothing needs it yet; later: modprobe fuse"
-    )
 
 
 def check_state(directory: Path, mounts: Sequence[Mount]) -> Check:

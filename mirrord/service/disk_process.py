@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 import msgspec
 import uvloop
 
-from mirrord.control.messages import DiskStatus, Job, Problem, Report
+from mirrord.control.messages import DiskStatus, Job, Problem, Report, RequestCount
 from mirrord.errors import MirrordError, RefusedError
 from mirrord.frontends.nbd_server import NbdServer
 from mirrord.nbd.limits import Limits
@@ -150,7 +150,11 @@ class DiskProcess:
     # Verbs of the private channel.
 
     async def _status(self, params: dict[str, Any]) -> DiskStatus:
-        return self._mover.status(len(self._server.clients))
+        counts = self._server.counters.counts()
+        return msgspec.structs.replace(
+            self._mover.status(len(self._server.clients)),
+            requests=msgspec.convert(counts, dict[str, RequestCount], from_attributes=True),
+        )
 
     async def _check_move(self, params: dict[str, Any]) -> state.JobRecord:
         record = msgspec.convert(params["record"], type=state.JobRecord)

@@ -3,23 +3,34 @@
 A job's journal is the truth; `ended.json` is derived from it (or is all there is of a job that
 ended before it began). The files of a job that has ended are reduced to its record, its outcome
 and its journal: the maps are as large as the disk deserves and of no use any more.
+
+While a job runs its story is kept in a file of its own, replaced as a whole at each change of
+phase, so a kill loses at most the last one. It isn't made durable: no flush of it gets in the
+way of a cutover's, and after a power cut the story may begin anew. No decision is made by it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
+import logging
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
-from mirrord.control.messages import Job
+from mirrord.control.messages import Job, PhaseName
+from mirrord.control.messages import Step as Told
 from mirrord.core import journal
+from mirrord.core.migration import Step
+from mirrord.engine.request import hear, tell
 from mirrord.errors import DamagedError
+from mirrord.service.logs import fields
 from mirrord.service.state import (
     Directories,
     DiskRecord,
@@ -28,6 +39,8 @@ from mirrord.service.state import (
     read_record,
     write_record,
 )
+
+log = logging.getLogger(__name__)
 
 _DAYS_MAX = 365_000  # a date before year 1 is none
 
@@ -58,9 +71,35 @@ def read_job(directories: Directories, job_id: str) -> Entry:
     outcome = read_outcome(directory / "log")
     if outcome.state is journal.State.EMPTY:
         return Entry(record, "queued", record.as_job())
-    if outcome.done is None:
+    story = [tell(step) for step in read_story(directory)]
+    done = outcome.done
+    if done is not None:
+        if "story" not in done and "ended_s" in done:  # a recovery ended it
+            story.append({"time_s": done["ended_s"], **done})
+        return Entry(record, "ended", told(record, {"story": story, **done}))
+    if not story:
         return Entry(record, "unfinished", record.as_job())
-    return Entry(record, "ended", told(record, outcome.done))
+    now = {"phase": story[-1]["phase"], "reason": story[-1]["reason"]}
+    return Entry(record, "unfinished", told(record, {**now, "story": story}))
+
+
+def read_story(directory: Path) -> list[Step]:
+    """Return a running job's phases so far; none when a power cut took them."""
+    try:
+        kept = msgspec.json.decode((directory / "story").read_bytes(), type=list[dict[str, Any]])
+        return [hear(step) for step in kept]
+    except FileNotFoundError:
+        return []
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        log.info("story lost %s", fields(job=directory.name, error=error))
+        return []
+
+
+def write_story(directory: Path, story: Sequence[Step]) -> None:
+    """Keep a running job's phases so far. Raises OSError; after a kill the old or new are there."""
+    new = directory / "story.new"
+    new.write_bytes(msgspec.json.encode([tell(step) for step in story]))
+    new.replace(directory / "story")
 
 
 def read_outcome(path: Path) -> journal.Outcome:
@@ -84,15 +123,42 @@ def told(record: JobRecord, status: journal.Payload) -> Job:
     ended by a recovery doesn't say is as it was in the beginning.
     """
     values = msgspec.to_builtins(record.as_job())
+    asked = values.pop("story")
     values |= {key: status[key] for key in Job.__struct_fields__ if key in status}
     values["limit"] = status.get("limit", record.limit) or None
     for key in ("started", "ended"):
         values[key] = _time(status.get(f"{key}_s"))
-    values["story"] = [
-        {"time": _time(step["time_s"]), "phase": step["phase"], "text": step["reason"]}
-        for step in status.get("story", ())
-    ]
+    values["story"] = asked + _told_story(status.get("story", ()))
+    if len(values["story"]) > 1:
+        asked_s = datetime.datetime.fromisoformat(record.created).timestamp()
+        asked[0]["took_s"] = max(0.0, status["story"][0]["time_s"] - asked_s)
     return msgspec.convert(values, type=Job)
+
+
+def concluded(job: Job, phase: PhaseName, reason: str, ended: str) -> Job:
+    """Return a job that ends now, without the engine."""
+    story = list(job.story)
+    if story:  # a process of an older version may have told of a job without one
+        began, end = map(datetime.datetime.fromisoformat, (story[-1].time, ended))
+        took_s = max(0.0, (end - began).total_seconds())
+        story[-1] = msgspec.structs.replace(story[-1], took_s=took_s)
+    story.append(Told(ended, phase, reason))
+    return msgspec.structs.replace(job, phase=phase, reason=reason, ended=ended, story=story)
+
+
+def _told_story(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the engine's steps as users see them: each took until the next one began."""
+    ends_s = [step["time_s"] for step in steps[1:]]
+    return [
+        {
+            "time": _time(step["time_s"]),
+            "phase": step["phase"],
+            "text": step["reason"],
+            "predicted_s": step.get("predicted_s"),
+            "took_s": None if end_s is None else max(0.0, end_s - step["time_s"]),
+        }
+        for step, end_s in itertools.zip_longest(steps, ends_s)
+    ]
 
 
 def _time(seconds: float | None) -> str | None:
@@ -139,12 +205,12 @@ def write_ended(directories: Directories, job: Job) -> None:
     """
     directory = directories.job(job.id)
     write_record(directory / "ended.json", job)
-    for name in ("dirty", "map"):
+    for name in ("dirty", "map", "story", "story.new"):
         (directory / name).unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):  # it ended before it began
-        log = directory / "log"
-        os.truncate(log, journal.parse(log.read_bytes()).end)
-        os.truncate(log, journal.CAPACITY_BYTES)  # the same bytes, the zeroes as a hole
+        path = directory / "log"
+        os.truncate(path, journal.parse(path.read_bytes()).end)
+        os.truncate(path, journal.CAPACITY_BYTES)  # the same bytes, the zeroes as a hole
 
 
 def drop_old(directories: Directories, ended: list[Job], keep: int, days: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 Under systemd the lines go to the journal by its own protocol, with what they are about as fields:
 `journalctl JOB=…`, `DISK=vm`, `PHASE=mirroring` (https://systemd.io/JOURNAL_NATIVE_PROTOCOL/).
+A line of the engine, which knows nothing of that, is about the job that `concern` named.
 
 A reader that went away must not stop a disk: a line that can't be written is dropped.
 """
@@ -25,6 +26,10 @@ _PRIORITIES = {
     logging.INFO: 6,
     logging.DEBUG: 7,
 }
+
+
+ENGINE = "mirrord.engine"  # its loggers are named so
+_job: dict[str, str] = {}  # what the engine's lines are about, as fields of the journal
 
 
 class Fields(str):
@@ -73,6 +78,8 @@ class _Journal(logging.Handler):
         }
         if name:
             told["DISK"] = name
+        if record.name.startswith(ENGINE):
+            told |= _job
         for argument in record.args if isinstance(record.args, tuple) else ():
             if isinstance(argument, Fields):
                 told |= {key.upper(): value for key, value in argument.values.items()}
@@ -102,6 +109,11 @@ def _is_journal(descriptor: int) -> bool:
     """Tell whether what is written there gets into the journal (systemd.exec(5))."""
     status = os.fstat(descriptor)
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def concern(job: str, phase: str) -> None:
+    """Name the job, of which a disk's process has one at a time, and the phase it is in now."""
+    _job.update(JOB=job, PHASE=phase)
 
 
 def fields(**values: object) -> Fields:

@@ -10,15 +10,17 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, get_args
 
 import mirrord
-from mirrord.control.messages import Disk, DiskState, Job, PhaseName
+from mirrord.control.messages import Disk, DiskState, Job, PhaseName, RequestCount
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-# Of an unfinished move: the field, the metric, and what it says.
+# Of an unfinished move: its field's name, the metric, and what it says.
 _JOB_NUMBERS = (
     ("bytes_total", "mirrord_job_size_bytes", "What the move has to copy in its first pass."),
     ("bytes_copied", "mirrord_job_copied_bytes", "What it has copied, again and again included."),
@@ -29,8 +31,20 @@ _JOB_NUMBERS = (
 )
 
 
-def render(disks: Sequence[Disk], jobs: Sequence[Job], pids: Mapping[str, int]) -> bytes:
-    """Return the text format. `jobs` are the newest first; `pids` are by disk, "" the daemon.
+# Of the histograms: buckets end at 2**n nanoseconds, from 16 µs to 34 s. Each costs a series.
+_FIRST_BUCKET, _LAST_BUCKET = 14, 35
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process of ours, and what the guests of its disk asked for."""
+
+    pid: int
+    requests: Mapping[str, RequestCount] = field(default_factory=dict)
+
+
+def render(disks: Sequence[Disk], jobs: Sequence[Job], processes: Mapping[str, Process]) -> bytes:
+    """Return the text format. `jobs` are the newest first, `processes` by disk, "" the daemon.
 
     Blocks: reads /proc.
     """
@@ -38,7 +52,7 @@ def render(disks: Sequence[Disk], jobs: Sequence[Job], pids: Mapping[str, int]) 
 
     class Collected:
         def collect(self) -> Iterator[Metric]:
-            yield from _collect(disks, jobs, pids)
+            yield from _collect(disks, jobs, processes)
 
     registry = CollectorRegistry()
     registry.register(Collected())
@@ -46,31 +60,15 @@ def render(disks: Sequence[Disk], jobs: Sequence[Job], pids: Mapping[str, int]) 
 
 
 def _collect(
-    disks: Sequence[Disk], jobs: Sequence[Job], pids: Mapping[str, int]
+    disks: Sequence[Disk], jobs: Sequence[Job], processes: Mapping[str, Process]
 ) -> Iterator[Metric]:
-    from prometheus_client.metrics_core import (
-        CounterMetricFamily,
-        GaugeMetricFamily,
-        InfoMetricFamily,
-    )
+    from prometheus_client.metrics_core import InfoMetricFamily
 
     yield InfoMetricFamily("mirrord", "The daemon.", {"version": mirrord.__version__})
     yield from _of_disks(disks)
+    yield from _of_requests(processes)
     yield from _of_jobs(jobs)
-    memory = GaugeMetricFamily(
-        "mirrord_process_resident_memory_bytes",
-        "Memory of a disk's process; the daemon's disk is empty.",
-        labels=["disk"],
-    )
-    used = CounterMetricFamily(
-        "mirrord_process_cpu_seconds", "Its processor time so far.", labels=["disk"]
-    )
-    for name, pid in pids.items():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-            memory.add_metric([name], _resident_bytes(pid))
-            used.add_metric([name], _processor_s(pid))
-    yield memory
-    yield used
+    yield from _of_processes(processes)
 
 
 def _of_disks(disks: Sequence[Disk]) -> Iterator[Metric]:
@@ -90,6 +88,39 @@ def _of_disks(disks: Sequence[Disk]) -> Iterator[Metric]:
     yield from (state, size, clients)
 
 
+def _of_requests(processes: Mapping[str, Process]) -> Iterator[Metric]:
+    from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily
+
+    labels = ["disk", "kind"]
+    took = HistogramMetricFamily(
+        "mirrord_disk_request_seconds",
+        "How long guests' requests took, since the disk's process started.",
+        labels=labels,
+    )
+    moved = CounterMetricFamily(
+        "mirrord_disk_request_bytes", "The bytes of those that succeeded.", labels=labels
+    )
+    failed = CounterMetricFamily(
+        "mirrord_disk_request_errors", "Those that a guest saw fail.", labels=labels
+    )
+    for disk, process in processes.items():
+        for kind, count in process.requests.items():
+            took.add_metric([disk, kind], _cumulated(count.buckets), count.seconds)
+            moved.add_metric([disk, kind], count.bytes)
+            failed.add_metric([disk, kind], count.errors)
+    yield from (took, moved, failed)
+
+
+def _cumulated(buckets: Sequence[int]) -> list[tuple[str, float]]:
+    """Return the bounds in seconds, each with all that took less."""
+    sums = list(accumulate(buckets, initial=0))[1:] or [0]
+    told: list[tuple[str, float]] = [
+        (repr(2**n / 1e9), sums[min(n, len(sums) - 1)])
+        for n in range(_FIRST_BUCKET, _LAST_BUCKET + 1)
+    ]
+    return [*told, ("+Inf", sums[-1])]
+
+
 def _of_jobs(jobs: Sequence[Job]) -> Iterator[Metric]:
     from prometheus_client.metrics_core import GaugeMetricFamily
 
@@ -102,10 +133,10 @@ def _of_jobs(jobs: Sequence[Job]) -> Iterator[Metric]:
         for name in get_args(PhaseName):
             phase.add_metric([job.disk, job.id, name], float(job.phase == name))
     yield phase
-    for field, metric, text in _JOB_NUMBERS:
+    for name, metric, text in _JOB_NUMBERS:
         family = GaugeMetricFamily(metric, text, labels=["disk", "job"])
         for job in unfinished:
-            value = getattr(job, field)
+            value = getattr(job, name)
             if value is not None:
                 family.add_metric([job.disk, job.id], value)
         yield family
@@ -140,9 +171,37 @@ def _of_last_jobs(jobs: Sequence[Job]) -> Iterator[Metric]:
     yield from (failed, pause)
 
 
-def _resident_bytes(pid: int) -> int:
+def _of_processes(processes: Mapping[str, Process]) -> Iterator[Metric]:
+    from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+
+    memory = GaugeMetricFamily(
+        "mirrord_process_resident_memory_bytes",
+        "Memory of a disk's process, what it shares with others included; the daemon's disk is "
+        "empty.",
+        labels=["disk"],
+    )
+    own = GaugeMetricFamily(
+        "mirrord_process_own_memory_bytes", "Its memory that no file backs.", labels=["disk"]
+    )
+    used = CounterMetricFamily(
+        "mirrord_process_cpu_seconds", "Its processor time so far.", labels=["disk"]
+    )
+    for name, process in processes.items():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            resident, backed = _memory_bytes(process.pid)
+            used_s = _processor_s(process.pid)
+            memory.add_metric([name], resident)
+            own.add_metric([name], resident - backed)
+            used.add_metric([name], used_s)
+    yield from (memory, own, used)
+
+
+def _memory_bytes(pid: int) -> tuple[int, int]:
+    """Return what a process has in memory, and what of it a file backs (proc_pid_statm(5))."""
     with open(f"/proc/{pid}/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        _, resident, backed, *_ = map(int, file.read().split())
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+    return resident * page_bytes, backed * page_bytes
 
 
 def _processor_s(pid: int) -> float:

@@ -27,8 +27,8 @@ from mirrord.engine.request import JobRequest, dirty_bytes_for
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.surroundings import Surroundings
 from mirrord.errors import DamagedError, MirrordError, RefusedError
-from mirrord.service import history, state
-from mirrord.service.logs import fields
+from mirrord.service import history, logs, state
+from mirrord.service.logs import Fields, fields
 from mirrord.service.places import PlaceFactory, is_share
 from mirrord.service.shares import ShareConfig
 from mirrord.service.state import Directories, DiskRecord, JobRecord
@@ -81,6 +81,7 @@ class Mover:
         self._idle = asyncio.Event()
         self._idle.set()
         self._changed = asyncio.Event()
+        self._told_more = asyncio.Event()  # the job's story is longer than what is written down
 
     @property
     def location(self) -> str:
@@ -96,6 +97,13 @@ class Mover:
         if self._job is not None and self._job_record is not None:
             return history.told(self._job_record, self._job.status().summary())
         return self._last
+
+    def _about(self) -> Fields:
+        """Return what each log line about the job says."""
+        job = self.job()
+        if job is None:
+            return fields(disk=self._record.name)
+        return fields(job=job.id, disk=job.disk, phase=job.phase)
 
     # Opening, and what a crash left.
 
@@ -115,7 +123,8 @@ class Mover:
                 async with asyncio.timeout(DISCARD_S):
                     await self._target_of(record).discard(record.id)
             except (MirrordError, OSError, TimeoutError) as error:
-                log.warning("part left over %s", fields(job=record.id, error=error))
+                about = fields(job=record.id, disk=record.disk, phase="queued", error=error)
+                log.warning("part left over %s", about)
 
     def _find_jobs(self) -> tuple[JobRecord | None, list[JobRecord]]:
         """Return the disk's unfinished job, and those that never came to their first record."""
@@ -143,6 +152,9 @@ class Mover:
         outcome = await asyncio.to_thread(history.read_outcome, directory / "log")
         assert outcome.prep is not None  # or the job would not count as unfinished
         size: int = outcome.prep["source"]["size"]
+        story = await asyncio.to_thread(history.read_story, directory)
+        phase = story[-1].phase.value if story else "queued"
+        logs.concern(record.id, phase)
         store = await self._store(record.id, size)
         places = self._both(record, size)
         recovered = await recovery.recover(
@@ -156,7 +168,8 @@ class Mover:
             ended = await asyncio.to_thread(history.read_job, self._directories, record.id)
             self._last = ended.job
             return
-        log.info("recovered %s", fields(disk=self._record.name, job=record.id))
+        log.info("recovered %s", fields(job=record.id, disk=record.disk, phase=phase))
+        recovered.job.migration.story = story
         self._job, self._job_record = recovered.job, record
         self._idle.clear()
 
@@ -199,7 +212,10 @@ class Mover:
 
     async def _run_job(self, job: EngineJob, record: JobRecord) -> None:
         target = self._target_of(record)
+        assert self._group is not None
+        keeping = self._group.create_task(self._keep_story(job, record))
         status = await job.run()
+        keeping.cancel()
         self._last = history.told(record, status.summary())
         if self._last.phase == "done":
             self._place = target
@@ -209,15 +225,30 @@ class Mover:
         self._on_change(self._last)
         give_freed_memory_back()
 
+    async def _keep_story(self, job: EngineJob, record: JobRecord) -> None:
+        """Write the story down at each change, beside the job: its state directory may hang."""
+        directory = self._directories.job(record.id)
+        while True:
+            await self._told_more.wait()
+            self._told_more.clear()
+            try:
+                await asyncio.to_thread(history.write_story, directory, tuple(job.migration.story))
+            except OSError as error:
+                log.info("story not kept %s %s", self._about(), fields(error=error))
+
     def _adopt(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._group is not None
-        self._group.create_task(_harmless(work))
+        self._group.create_task(_harmless(work, self._about()))
 
     def _job_changed(self, job: EngineJob) -> None:
         record = self._job_record
         if record is not None and job is self._job:
-            self._on_change(history.told(record, job.status().summary()))
+            shown = history.told(record, job.status().summary())
+            logs.concern(record.id, shown.phase)
+            self._on_change(shown)
             self._changed.set()
+            if not shown.ended_already:  # else the journal has it
+                self._told_more.set()
 
     async def _moved(self, root: str | None, location: str) -> None:
         """Make it durable that the disk is at `location` now."""
@@ -264,6 +295,7 @@ class Mover:
         await self._idle.wait()
         self._idle.clear()
         try:
+            logs.concern(record.id, "queued")
             store = await self._store(record.id, self.disk.size)
             try:
                 job = await recovery.start(
@@ -314,7 +346,7 @@ class Mover:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            log.info("verb takes long %s", fields(disk=self._record.name))
+            log.info("verb takes long %s", self._about())
 
     def status(self, clients: int) -> DiskStatus:
         """Return what the daemon shows."""
@@ -344,12 +376,12 @@ def _share(backend: Backend | None) -> Share | None:
     return None if facts is None else msgspec.convert(facts, type=Share)
 
 
-async def _harmless(work: Coroutine[Any, Any, None]) -> None:
+async def _harmless(work: Coroutine[Any, Any, None], about: Fields) -> None:
     """Run what may outlive its job; closing a target that failed may well fail."""
     try:
         await work
     except OSError as error:
-        log.warning("clean-up failed %s", fields(error=error))
+        log.warning("clean-up failed %s %s", about, fields(error=error))
 
 
 def _request(record: JobRecord) -> JobRequest:

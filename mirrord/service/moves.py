@@ -28,7 +28,7 @@ from mirrord.control.messages import DiskStatus, Job, LimitRequest, MoveRequest,
 from mirrord.errors import DamagedError, MirrordError, RefusedError
 from mirrord.service import history, scheduler, state
 from mirrord.service.config import Config
-from mirrord.service.logs import fields
+from mirrord.service.logs import Fields, fields
 from mirrord.service.notify import Notifier
 from mirrord.service.places import same_location
 from mirrord.service.state import Directories, JobRecord
@@ -68,6 +68,10 @@ class Move:
         self.job = job
         self.standing = standing
         self.starting = False
+
+    def about(self, **more: object) -> Fields:
+        """Return what each log line about a job says, and `more`."""
+        return fields(job=self.job.id, disk=self.job.disk, phase=self.job.phase, **more)
 
 
 class Moves:
@@ -211,7 +215,8 @@ class Moves:
             move.job = move.record.as_job()
             await asyncio.to_thread(self._refuse_taken, move)
             await asyncio.to_thread(self._write_job, move.record)
-            log.info("move asked for %s", fields(job=job_id, disk=disk, target=move.record.target))
+            about = fields(job=job_id, disk=disk, phase="queued", target=move.record.target)
+            log.info("move asked for %s", about)
             move.starting = False
             if job_id in self._startable():
                 move.starting = True
@@ -328,7 +333,7 @@ class Moves:
             await self._start(move)
         except (MirrordError, OSError) as error:
             if getattr(error, "code", None) in ("disk-not-serving", "disk-stuck"):
-                log.warning("move waits %s", fields(job=move.record.id, reason=error))
+                log.warning("move waits %s", move.about(reason=error))
                 return
             self.conclude(move, "failed", str(error))
         finally:
@@ -352,17 +357,18 @@ class Moves:
             await self._reread(move)
         except MirrordError as error:
             self._damaged[move.record.id] = DamagedError(str(error))
-            log.error("job damaged %s", fields(job=move.record.id, reason=error))
+            log.error("job damaged %s", move.about(reason=error))
 
     def job_changed(self, job: Job) -> None:
         """Take over what a disk process says about its job."""
         move = self._moves.get(job.id)
         if move is None or move.standing == "ended":
             return
-        if job.phase != move.job.phase:
-            log.info("job changed %s", fields(job=job.id, disk=job.disk, phase=job.phase))
-            self._tell()
+        changed = job.phase != move.job.phase
         move.job = job
+        if changed:
+            log.info("job changed %s", move.about())
+            self._tell()
         move.standing = "unfinished"
         if job.ended_already:
             move.standing = "ended"
@@ -379,14 +385,13 @@ class Moves:
             for job_id in history.drop_old(self._directories, ended, keep, days):
                 del self._moves[job_id]
         except (OSError, MirrordError) as error:
-            log.warning("outcome not written %s", fields(job=move.record.id, error=error))
+            log.warning("outcome not written %s", move.about(error=error))
 
     def conclude(self, move: Move, phase: PhaseName, reason: str) -> None:
         """End a job that no disk process will end."""
-        told = msgspec.to_builtins(move.job) | {"phase": phase, "reason": reason, "ended": now()}
-        move.job = msgspec.convert(told, type=Job)
+        move.job = history.concluded(move.job, phase, reason, now())
         move.standing = "ended"
-        log.info("job changed %s", fields(job=move.record.id, phase=phase, reason=reason))
+        log.info("job changed %s", move.about(reason=reason))
         self._record_end(move)
         self._tell()
         self.kick()

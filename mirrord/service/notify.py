@@ -53,10 +53,11 @@ class Notifier:
                 why = await _outcome(command, msgspec.json.encode(job))
             except (OSError, ValueError) as error:
                 why = f"it can't be run: {error}"
+        about = {"job": job.id, "disk": job.disk, "phase": job.phase, "program": command[0]}
         if why is None:
-            log.info("notified %s", fields(job=job.id, program=command[0]))
+            log.info("notified %s", fields(**about))
         else:
-            log.error("not notified %s", fields(job=job.id, program=command[0], error=why))
+            log.error("not notified %s", fields(**about, error=why))
 
 
 async def _outcome(command: list[str], text: bytes) -> str | None:

@@ -361,14 +361,15 @@ class Registry:
 
     async def metrics(self, shown: Callable[[str], bool]) -> bytes:
         """Return what is counted, in the text format of Prometheus, of the disks to be shown."""
-        pids = {"": os.getpid()}
-        for name, attached in self._disks.items():
-            if attached.process is not None and attached.process.pid is not None:
-                pids[name] = attached.process.pid
         disks = [disk for disk in await self.disks() if shown(disk.name)]
         jobs = [job for job in await self._moves.jobs(None) if shown(job.disk)]
-        pids = {name: pid for name, pid in pids.items() if not name or shown(name)}
-        return await asyncio.to_thread(metrics.render, disks, jobs, pids)
+        processes = {"": metrics.Process(os.getpid())}
+        for name, attached in self._disks.items():
+            process = attached.process
+            if shown(name) and process is not None and process.pid is not None:
+                requests = process.status.requests if process.status is not None else {}
+                processes[name] = metrics.Process(process.pid, requests)
+        return await asyncio.to_thread(metrics.render, disks, jobs, processes)
 
     async def jobs(self, disk: str | None) -> list[Job]:
         """Return all jobs, or a disk's, newest first."""

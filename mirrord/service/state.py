@@ -7,6 +7,7 @@
     STATE/disks/NAME/lock         flock of the disk process: the fence
     STATE/jobs/UUID/job.json      what was asked for; never changes
     STATE/jobs/UUID/ended.json    how it ended, as users see it; derived, or of a job never started
+    STATE/jobs/UUID/story         its phases so far (`history.py`); nothing depends on it
     STATE/jobs/UUID/log …         journal and maps (`storage/job_files.py`)
 
 Both the daemon and the disk processes use this module; it imports nothing heavy. Functions that
@@ -26,7 +27,7 @@ from typing import TypeVar
 
 import msgspec
 
-from mirrord.control.messages import CacheMode, CopyMode, CutoverMode, Job, VerifyMode
+from mirrord.control.messages import CacheMode, CopyMode, CutoverMode, Job, Step, VerifyMode
 from mirrord.control.sockets import check_socket_path
 from mirrord.errors import DamagedError, RefusedError
 from mirrord.storage import durable
@@ -81,6 +82,7 @@ class JobRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             cutover=self.cutover,
             limit=self.limit or None,
             created=self.created,
+            story=[Step(self.created, "queued", "asked for")],
         )
 
 

@@ -31,6 +31,7 @@ JOB_KEYS = {
     "dirty_rate", "eta_s", "passes", "pause_ms", "verified", "reason", "source", "target",
     "created", "started", "ended", "story", "keep_source", "verify", "mode", "cutover", "limit",
 }  # fmt: skip
+STEP_KEYS = {"time", "phase", "text", "predicted_s", "took_s"}
 
 
 @pytest.fixture
@@ -113,6 +114,7 @@ def test_a_move_from_its_request_to_its_end(daemon: Daemon, disk: Path, tmp_path
     assert done["passes"] >= 1
     assert done["pause_ms"] >= 0
     assert [step["phase"] for step in done["story"]][-1] == "done"
+    assert all(set(step) == STEP_KEYS for step in done["story"])
     assert daemon.json("job", job["id"]) == done
     assert daemon.json("job", job["id"][:8]) == done
     assert daemon.json("jobs") == [done] == daemon.json("jobs", "vm")

@@ -76,8 +76,46 @@ def test_tables() -> None:
     refused = replace(disk, state="refused", reason="it is gone", location=None)
     assert "refused: it is gone" in display.disk(refused)
     assert "5f1c  vm    copying" in display.jobs([JOB])
-    told = replace(JOB, story=[Step("2026-01-01T00:00:00.5+00:00", "copying", "asked")])
-    assert display.job(told).endswith("\n  2026-01-01T00:00:00  copying: asked")
+    assert "  mirrord job 5f1c --story" in display.job(JOB)
+    long = replace(JOB, id="0123456789ab", target="/b")
+    assert "01234567  vm" in display.jobs([long]), "the beginning of an id is enough"
+
+
+STORY = [
+    Step("2026-01-01T23:58:00.5+00:00", "queued", "asked for", took_s=0.02),
+    Step("2026-01-01T23:59:00.5+00:00", "copying", "nothing was copied yet", 71.0, 75.5),
+    Step("2026-01-02T00:00:16+00:00", "catching-up", "the bulk pass copied 75 MiB", 0.01, 0.02),
+    Step("2026-01-02T00:00:16+00:00", "mirroring", "a pass over 3 MiB at 40 MiB/s would take "
+         "80 ms, no longer than mirroring will", 0.2, None),
+]  # fmt: skip
+
+
+def test_a_story() -> None:
+    told = display.story(replace(JOB, phase="mirroring", story=STORY), 60)
+    assert (
+        told
+        == """\
+disk vm: /a → /b (job 5f1c)
+
+2026-01-01, UTC
+23:58:00  queued        20 ms
+          asked for
+23:59:00  copying       1 min 16 s, predicted 1 min 11 s
+          nothing was copied yet
+2026-01-02, UTC
+00:00:16  catching-up   20 ms
+          the bulk pass copied 75 MiB
+00:00:16  mirroring     predicted 200 ms
+          a pass over 3 MiB at 40 MiB/s would take 80 ms, no
+          longer than mirroring will
+
+now: mirroring, 25 %, 75 MiB left, 10 MiB/s, guest changes 5
+MiB/s, 15 s left"""
+    )
+    whole = display.story(replace(JOB, phase="mirroring", story=STORY))
+    assert "".join(whole.split()) == "".join(told.split()), "nothing is cut"
+    ended = replace(JOB, phase="failed", reason="why", story=STORY)
+    assert display.story(ended).endswith("failed: why; the disk is still at /a")
 
 
 def test_lines_come_once_a_second_and_at_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:

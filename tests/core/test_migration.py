@@ -122,3 +122,13 @@ def test_the_diagram_shows_every_move() -> None:
             arrow = f"    {node} --> {after.value.replace('-', '_')}: "
             assert any(line.startswith(arrow) and event.value in line for line in lines)
         assert (f"    {node} --> [*]" in lines) == (phase in TERMINAL)
+
+
+def test_a_prediction_belongs_to_the_present_step_and_the_first_one_counts() -> None:
+    migration = Migration()
+    migration.handle(Event.STARTED, "", 100.0)
+    assert migration.predict(9.0, 101.0)
+    assert not migration.predict(5.0, 102.0)
+    migration.handle(Event.PASS_ENDED, "", 110.0)
+    assert migration.predict(2.0, 90.0), "somebody has set the clock back"
+    assert [step.predicted_s for step in migration.story] == [10.0, 2.0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mirrord.core.geometry import KIB, MIB, Status
+from mirrord.core.migration import Phase
 from mirrord.core.pacing import BURST_BYTES
 from mirrord.engine.tracking import EXTENTS_MAX
 from mirrord.errors import RefusedError
@@ -72,3 +74,23 @@ async def test_a_committed_move_has_nothing_left(bench: CrashBench) -> None:
     with pytest.raises(RefusedError):
         await bench.job.limit(MIB)
     await bench.assert_moved(await bench.finish())
+
+
+async def test_a_pass_is_predicted_when_its_rate_is_known(tmp_path: Path) -> None:
+    """The bulk pass by its first rate, a later pass at its start; what has no end has none."""
+    size = 4 * BURST_BYTES
+    bench = CrashBench(tmp_path, size, settings=replace(HELD, sample_s=0.2))
+    await bench.begin(limit=BURST_BYTES, verify="none")
+    bench.run()
+    story = bench.job.migration.story
+    assert story == []
+    await eventually_async(lambda: story and story[0].predicted_s is not None)
+    assert 0.2 < (story[0].predicted_s or 0) < 60
+    await bench.job.pause()
+    await eventually_async(lambda: story[-1].phase is Phase.PAUSED)
+    bench.job.sample()
+    assert story[-1].predicted_s is None
+    await bench.job.limit(0)
+    await bench.job.resume()
+    await bench.assert_moved(await bench.finish())
+    await bench.close()

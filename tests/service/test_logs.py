@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -14,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from mirrord.service import logs
 from mirrord.service.logs import _Journal, fields
+from tests.style.sources import parse as parse_source
+from tests.style.sources import python_files
 
 PROGRAM = """
 import logging, sys
@@ -92,6 +97,41 @@ def test_what_a_client_sent_stays_in_its_line(text: str) -> None:
     assert told.isprintable()
     assert told.endswith('" verb=move')
     assert told.values["disk"] == text
+
+
+def test_what_the_engine_says_is_about_the_job(
+    journal: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_job", {})
+    with closing(_Journal("disk/vm", str(tmp_path / "journal.sock"), Kept())) as handler:
+        engine, other = logging.Logger("mirrord.engine"), logging.Logger("mirrord.frontends.x")
+        for one in (engine, other):
+            one.addHandler(handler)
+        for phase in ("copying", "mirroring"):
+            logs.concern("1-2", phase)
+            engine.warning("clear intent-map error=%s", "why")
+            entry = parse(journal.recv(65536))
+            assert (entry["JOB"], entry["DISK"], entry["PHASE"]) == ("1-2", "vm", phase)
+        other.info("came client=1")
+        assert not {"JOB", "PHASE"} & set(parse(journal.recv(65536)))
+
+
+ABOUT_JOBS = [
+    pytest.param(ast.unparse(node), id=f"{path.name}:{node.lineno}")
+    for path in python_files("mirrord")
+    if "log" in path.read_text()
+    for node in ast.walk(parse_source(path))
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "fields"
+    if "job" in {word.arg for word in node.keywords}
+]
+
+
+@pytest.mark.parametrize("call", ABOUT_JOBS)
+def test_a_line_about_a_job_says_which_disk_and_phase(call: str) -> None:
+    """But for a job of which nothing but its id can be read."""
+    if call in ("fields(job=job_id, reason=error)", "fields(job=directory.name, error=error)"):
+        return
+    assert re.search(r"\bdisk=.*\bphase=|\bphase=.*\bdisk=", call), call
 
 
 def test_an_exception_comes_with_its_traceback(journal: socket.socket, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ async def test_a_program_that_fails_is_logged(
     await tell(Config(on_failed=[program]), job("failed"))
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
-    assert record.message.startswith(f"not notified job=1 program={program}")
+    assert record.message.startswith(f"not notified job=1 disk=vm phase=failed program={program}")
     assert re.search(why, record.message), record.message
 
 

@@ -60,7 +60,12 @@ def test_a_queued_move_is_cancelled_without_a_trace(one_at_a_time: Daemon, tmp_p
     daemon = one_at_a_time
     refused = daemon.run("pause", "b", "--json")
     assert (refused.returncode, json.loads(refused.stderr)["code"]) == (4, "wrong-phase")
-    assert daemon.json("cancel", "b")["phase"] == "cancelled"
+    cancelled = daemon.json("cancel", "b")
+    assert cancelled["phase"] == "cancelled"
+    assert [(step["phase"], step["text"]) for step in cancelled["story"]] == [
+        ("queued", "asked for"), ("cancelled", "cancelled before it began"),
+    ]  # fmt: skip
+    assert cancelled["story"][0]["took_s"] > 0
     assert daemon.run("wait", "b").returncode == 3
     daemon.json("cancel", "a")
     eventually(lambda: phases(daemon)["c"] == "copying", what="c has a's place")

@@ -12,8 +12,8 @@ import pytest
 from mirrord.control.messages import Job
 from mirrord.core import journal
 from mirrord.core.journal import Kind
-from mirrord.core.migration import Event, Phase, Step
-from mirrord.engine.request import JobStatus
+from mirrord.core.migration import STORY_STEPS_MAX, Event, Migration, Phase, Step
+from mirrord.engine.request import SUMMARY_STEPS_MAX, JobStatus
 from mirrord.errors import DamagedError, RefusedError
 from mirrord.service import history, state
 from mirrord.service.state import Directories, DiskRecord, JobRecord
@@ -21,6 +21,8 @@ from mirrord.service.state import Directories, DiskRecord, JobRecord
 RECORD = JobRecord(
     id="1", disk="vm", source="/a", target="/b", created="2026-01-01T00:00:00+00:00", limit=5
 )
+
+ASKED_S = datetime.datetime.fromisoformat(RECORD.created).timestamp()
 
 
 @pytest.fixture
@@ -247,10 +249,84 @@ def test_what_the_engine_says_becomes_what_users_see() -> None:
         bytes_copied=4, bytes_remaining=5, copy_rate=None, dirty_rate=2.0, eta_s=None, passes=1,
         pause_ms=None, verified=False, reason="asked", created_s=0.0, started_s=1.5, ended_s=None,
         limit=0, source_kept=None,
-        story=(Step(1.5, Phase.PAUSED, Event.PAUSE_REQUESTED, "asked"),),
+        story=(
+            Step(ASKED_S + 1.5, Phase.COPYING, Event.STARTED, "begun", 9.0),
+            Step(ASKED_S + 4.0, Phase.PAUSED, Event.PAUSE_REQUESTED, "asked"),
+        ),
     )  # fmt: skip
     job = history.told(RECORD, status.summary())
     assert (job.id, job.phase, job.limit, job.created) == ("1", "paused", None, RECORD.created)
     assert (job.started, job.ended) == ("1970-01-01T00:00:01.500000+00:00", None)
-    assert job.story[0].text == "asked"
+    assert [
+        (step.phase, step.text, step.predicted_s, step.took_s) for step in job.story
+    ] == [
+        ("queued", "asked for", None, 1.5), ("copying", "begun", 9.0, 2.5),
+        ("paused", "asked", None, None),
+    ]  # fmt: skip
     assert (job.bytes_total, job.bytes_copied, job.copy_rate) == (9, 4, None)
+
+
+STEPS = (
+    Step(1.5, Phase.COPYING, Event.STARTED, "nothing was copied yet", 9.0),
+    Step(2.5, Phase.PAUSED, Event.PAUSE_REQUESTED, "the operator paused it"),
+)
+
+
+def test_the_story_of_a_job_whose_process_does_not_answer(directories: Directories) -> None:
+    directory = add_job(directories, Kind.PREP)
+    history.write_story(directory, STEPS)
+    assert tuple(history.read_story(directory)) == STEPS
+    job = history.read_job(directories, "1").job
+    assert (job.phase, job.reason) == ("paused", "the operator paused it")
+    assert [step.phase for step in job.story] == ["queued", "copying", "paused"]
+
+
+def test_a_recovery_that_ends_a_job_is_the_end_of_its_story(directories: Directories) -> None:
+    kinds = (Kind.PREP, Kind.ABORT, Kind.DONE)
+    directory = add_job(directories, *kinds, phase="failed", reason="why", ended_s=7.5)
+    history.write_story(directory, STEPS)
+    job = history.read_job(directories, "1").job
+    assert [step.phase for step in job.story] == ["queued", "copying", "paused", "failed"]
+    assert [step.took_s for step in job.story][1:] == [1.0, 5.0, None]
+    assert (job.story[-1].text, job.story[-1].time) == ("why", job.ended)
+    history.write_ended(directories, job)
+    assert not (directory / "story").exists()
+    assert history.read_job(directories, "1").job == job
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 99, b"[{}]", b'[{"phase": "x"}]', b"[1]", b"{}"])
+def test_a_story_that_a_power_cut_took(directories: Directories, content: bytes) -> None:
+    """It is none, and the job is as it was."""
+    directory = add_job(directories, Kind.PREP)
+    (directory / "story").write_bytes(content)
+    assert history.read_story(directory) == []
+    assert history.read_job(directories, "1").standing == "unfinished"
+
+
+def test_the_longest_story_fits_into_the_journal() -> None:
+    """With the longest paths and reasons, in an alphabet of four bytes a letter."""
+    path = "/" + "\U0001f4be" * 1023
+    migration = Migration()
+    for number in range(2 * STORY_STEPS_MAX):
+        migration.handle(Event.STARTED if not number else Event.PASS_ENDED, path, float(number))
+        migration.predict(1.5, float(number))
+    status = JobStatus(
+        job_id="1", disk="vm", phase=Phase.DONE, source=path, target=path, bytes_total=9,
+        bytes_copied=4, bytes_remaining=5, copy_rate=None, dirty_rate=2.0, eta_s=None, passes=1,
+        pause_ms=None, verified=False, reason=path, created_s=0.0, started_s=1.5, ended_s=None,
+        limit=0, source_kept=path, story=tuple(migration.story),
+    )  # fmt: skip
+    kept = status.summary()
+    assert len(journal.encode(3, Kind.DONE, kept)) <= 64 << 10
+    steps = kept["story"]
+    assert len(steps) == SUMMARY_STEPS_MAX
+    assert [steps[0]["time_s"], steps[-1]["time_s"]] == [0.0, 2.0 * STORY_STEPS_MAX - 1]
+
+
+def test_a_job_that_ends_without_the_engine() -> None:
+    ended = "2026-01-01T00:00:02.500000+00:00"
+    job = history.concluded(RECORD.as_job(), "failed", "why", ended)
+    assert (job.phase, job.reason, job.ended) == ("failed", "why", ended)
+    assert [(step.phase, step.took_s) for step in job.story] == [("queued", 2.5), ("failed", None)]
+    older = Job(id="1", disk="vm", phase="queued", source="/a", target="/b")
+    assert [s.phase for s in history.concluded(older, "failed", "why", ended).story] == ["failed"]
