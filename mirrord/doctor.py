@@ -69,7 +69,8 @@ def diagnose(
         Path(settings.runtime_dir or default_runtime_dir()),
     )
     known = record_checks.recall(directories)
-    folders = known.folders() | set(places)
+    roots = {Path(r) for grant in settings.grant for r in grant.roots if not is_share(r)}
+    folders = known.folders() | roots | set(places)
     found = [
         host_checks.check_python(),
         host_checks.check_kernel(),

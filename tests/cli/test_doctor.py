@@ -140,6 +140,16 @@ def test_a_wrong_configuration_is_a_problem(look: Look) -> None:
     assert problems(look('socket_group = "no such group"\n')) == ["config"]
 
 
+def test_what_a_grant_opens_is_looked_at(look: Look, tmp_path: Path) -> None:
+    root = tmp_path / "vms"
+    root.mkdir()
+    grant = f'[[grant]]\nuser = "root"\nverbs = ["*"]\nroots = ["{root}", "smb://vault/vms"]\n'
+    found = look(f'{grant}[smb."vault/vms"]\ncredential = "/nowhere"\n')
+    told = " ".join(check.text for check in found.checks)
+    assert str(root) in told
+    assert str(root) not in " ".join(check.text for check in look("").checks)
+
+
 @pytest.mark.parametrize(
     ("kind", "level"),
     [("ext4", "ok"), ("xfs", "ok"), ("tmpfs", "problem"), ("nfs4", "advice"),
