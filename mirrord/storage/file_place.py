@@ -226,10 +226,12 @@ class FilePlace(Place):
                 "location-missing",
                 f"there is no device {self.location}: check the name, or attach the device",
             )
-        if not parent.writable():
+        if reason := parent.unwritable():
+            what = "mount" if reason == errno.EROFS else "permissions"
             raise RefusedError(
                 "directory-not-writable",
-                f"the directory {parent.path} isn't writable: change its permissions or mount",
+                f"can't write the directory {parent.path} ({os.strerror(reason)}): "
+                f"change its {what}, or name another",
             )
         available = parent.available_bytes()
         if needed > available and not force:

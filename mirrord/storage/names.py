@@ -42,9 +42,12 @@ class Directory:
         if self.descriptor >= 0:
             os.close(self.descriptor)
 
-    def writable(self) -> bool:
-        """Tell whether names may be made here by this process."""
-        return os.access(".", os.W_OK | os.X_OK, dir_fd=self.descriptor, effective_ids=True)
+    def unwritable(self) -> int:
+        """Return the errno with which a name can't be made here by this process, or 0."""
+        if os.access(".", os.W_OK | os.X_OK, dir_fd=self.descriptor, effective_ids=True):
+            return 0
+        sealed = os.fstatvfs(self.descriptor).f_flag & os.ST_RDONLY
+        return errno.EROFS if sealed else errno.EACCES
 
     def available_bytes(self) -> int:
         """Return what the file system still takes, without what is reserved for root."""
