@@ -50,6 +50,8 @@ CONNECTIONS_MAX = 256
 USER_CONNECTIONS_MAX = 32
 # A connection without a complete head of a request is closed after this.
 IDLE_S = 30.0
+# Out of descriptors: nobody is accepted for so long, and the log gets one line each time.
+ACCEPT_PAUSE_S = 1.0
 # Progress is told so often, and that there is none so often.
 EVENTS_S = 1.0
 HEARTBEAT_S = 15.0
@@ -177,7 +179,7 @@ class ControlServer:
                 connection, _ = await loop.sock_accept(self._listener)
             except OSError as error:
                 log.warning("control socket can't accept: %s", error)
-                await asyncio.sleep(0.1)  # out of descriptors: some will be closed
+                await asyncio.sleep(ACCEPT_PAUSE_S)
                 continue
             problem = self._not_admitted(connection)
             if problem is not None:
