@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
+import struct
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -42,8 +43,15 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self.sock.settimeout(self.timeout)
+            # Python's own timeout would not wait while many others do (EAGAIN).
+            seconds, part = divmod(ANSWER_DEADLINE_S, 1)
+            deadline = struct.pack("@ll", int(seconds), int(part * 1e6))  # struct timeval
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, deadline)
             self.sock.connect(str(self._path))
+            self.sock.settimeout(self.timeout)
+        except BlockingIOError as error:
+            self.sock.close()
+            raise TimeoutError from error
         except BaseException:
             self.sock.close()
             raise

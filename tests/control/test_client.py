@@ -89,6 +89,32 @@ def test_a_daemon_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monke
     assert caught.value.exit_code == 1
 
 
+def test_a_daemon_with_many_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there: a client waits for its turn as well, and not for ever."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "c.sock"))
+        listener.listen(0)
+        ahead = socket.socket(socket.AF_UNIX)
+        ahead.connect(str(tmp_path / "c.sock"))
+        monkeypatch.setattr(client_module, "ANSWER_DEADLINE_S", 0.05)
+        with pytest.raises(MirrordError, match="has not answered for"):
+            Client(tmp_path / "c.sock").disks()
+        monkeypatch.setattr(client_module, "ANSWER_DEADLINE_S", 10)
+        client = Client(tmp_path / "c.sock")
+
+        def serve() -> None:
+            listener.accept()[0].close()
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(reply(200, b"[]"))
+
+        threading.Timer(0.05, serve).start()
+        assert client.disks() == []
+        client.close()
+        ahead.close()
+
+
 def test_no_daemon(tmp_path: Path) -> None:
     with pytest.raises(NoDaemonError, match="start one with 'mirrord daemon'"):
         Client(tmp_path / "c.sock").disks()
