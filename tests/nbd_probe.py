@@ -18,15 +18,15 @@ PACE_DELAY_S = 0.002  # between requests, so that it leaves a processor to those
 
 
 class Probe:
-    """Works on the first `blocks` blocks of an export while the `with` block runs."""
+    """Works on `blocks` blocks of an export, from `first` on, while the `with` block runs."""
 
-    def __init__(self, path: str, export: str = "vm", blocks: int = 64) -> None:
+    def __init__(self, path: str, export: str = "vm", blocks: int = 64, first: int = 0) -> None:
         self.worst_s = 0.0
         self.requests = 0
         self.errors: list[str] = []
         self.written: dict[int, bytes] = {}
         self._client = Client(path, export)
-        self._blocks = min(blocks, self._client.size // BLOCK_BYTES)
+        self._blocks = range(first, min(first + blocks, self._client.size // BLOCK_BYTES))
         self._chance = random.Random(blocks)
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -74,7 +74,7 @@ class Probe:
             self.errors.append(repr(trouble))
 
     def _step(self) -> None:
-        block = self._chance.randrange(self._blocks)
+        block = self._chance.choice(self._blocks)
         kind = self._chance.choices([WRITE, READ, FLUSH], [6, 3, 1])[0]
         data = self._chance.randbytes(BLOCK_BYTES) if kind == WRITE else b""
         began = time.monotonic()

@@ -106,8 +106,8 @@ _new = tuple.__new__  # a third of the cost of calling the class
 
 
 def cost(request: Request) -> int:
-    """Return the bytes a request holds while in flight."""
-    if request.command <= CMD_WRITE:
+    """Return the bytes a request holds while in flight; a cache request, those it has read."""
+    if request.command <= CMD_WRITE or request.command == wire.CMD_CACHE:
         return request.length
     return STATUS_COST_BYTES if request.command == wire.CMD_BLOCK_STATUS else 0
 
@@ -219,6 +219,9 @@ class Session:
         error = self._refusal(command, flags, offset, length)
         if error is not None:
             return self._refuse(command, cookie, error, length)
+        if command == wire.CMD_CACHE:
+            # It is advice: a client can't make this host read more than with as many reads.
+            length = min(length, self._limits.payload_bytes_max)
         request = Request(command, flags, cookie, offset, length, _NO_DATA)
         needed = cost(request)
         if command == CMD_WRITE and length <= SMALL_BYTES:

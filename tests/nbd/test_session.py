@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mirrord.core.geometry import Extent, Status
 from mirrord.errors import ProtocolError
 from mirrord.nbd import wire
-from mirrord.nbd.session import BATCH_BYTES, SMALL_BYTES, STATUS_COST_BYTES, Session
+from mirrord.nbd.session import BATCH_BYTES, SMALL_BYTES, STATUS_COST_BYTES, Session, cost
 from tests.nbd.speaking import (
     EXPORT,
     LIMITS,
@@ -386,6 +386,12 @@ def test_cve_2025_47711_status_of_the_largest_length() -> None:
     extents = [Extent(0, 1 << 40, Status.HOLE)]
     chunks = status_of(extents, length=2**32 - 1, server=server)
     assert chunks[0] == (0, 1, [(2**32 - 1, 3)])
+
+
+def test_n10_cache_is_advice_and_may_cost_no_more_than_a_read() -> None:
+    server = in_transmission(export=replace(EXPORT, size=1 << 40))
+    server.receive(ask(CACHE, 512, 2**32 - 1))
+    assert [(r.offset, r.length, cost(r)) for r in server.taken] == [(512, 32 << 20, 32 << 20)]
 
 
 # Any cut of the bytes
