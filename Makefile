@@ -3,9 +3,11 @@
 # make bench  install what the tests need and measure beside other programs
 #
 # Each target does its own set-up, and does it once: a second run starts at once.
+# make fuzz   install a fuzzer and try all parsers on changed input, FUZZ_SECONDS each (60)
 
 VENV := .venv
 BIN := $(VENV)/bin
+FUZZ_SECONDS ?= 60
 WORKERS ?= 3# test processes: on two cores, as some of them wait
 
 # Where it is installed, and with which Python it runs then; EXTRAS=kerberos builds what that needs.
@@ -22,7 +24,7 @@ INSTALL := DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" SYSCONFDIR="$(SYSCONFDIR)" \
 	PYTHON="$(SYSTEM_PYTHON)" PIP="$(abspath $(BIN))/python -m pip --disable-pip-version-check" \
 	WHEELS="$(abspath $(WHEELS))" PAGES="$(abspath $(PAGES))" packaging/install
 
-.PHONY: demo test lint bench bench-readme packages install uninstall deb clean help
+.PHONY: demo test lint bench bench-readme fuzz packages install uninstall deb clean help
 .DELETE_ON_ERROR:
 
 help:
@@ -77,6 +79,10 @@ $(PAGES)/.made: $(SOURCES) packaging/pages.py systemd/mirrord.toml | $(VENV)/.in
 	$(BIN)/python packaging/pages.py $(PAGES)
 	touch $@
 
+# FUZZ_TARGETS="location configuration" for some of them. What was found is kept in .cache/fuzz.
+fuzz: $(VENV)/.installed-for-fuzz
+	nice $(BIN)/python -m tests.fuzz $(FUZZ_TARGETS) --seconds $(FUZZ_SECONDS)
+
 packages:
 	.ci/packages
 
@@ -91,6 +97,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-for-tests: pyproject.toml | $(BIN)/python packages
 	CFLAGS="-O1 -g0" $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-for-fuzz: $(VENV)/.installed-for-tests
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[fuzz]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist

@@ -160,7 +160,7 @@ def _problem(status: int, content: bytes) -> MirrordError:
     """Return the error that the daemon meant."""
     try:
         problem = msgspec.json.decode(content, type=Problem)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return MirrordError(f"the daemon answered {status} with something that is no error of its")
     if problem.code == NoDaemonError.code:
         return NoDaemonError(problem.message)

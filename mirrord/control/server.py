@@ -336,9 +336,11 @@ async def _body(request: web.Request, kind: type[Request]) -> Request:
         raise UsageError(_GONE) from error
     except web.HTTPRequestEntityTooLarge as error:
         raise UsageError(f"the body has more than {BODY_BYTES_MAX} bytes") from error
+    except web.RequestPayloadError as error:
+        raise UsageError("the body ended too soon") from error
     try:
         return msgspec.json.decode(data, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UsageError(f"the body is not what {request.path} takes: {error}") from error
 
 

@@ -94,6 +94,22 @@ async def test_a_body_that_does_not_come(served: Served, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
+    "rest",
+    [b"Content-Length: 10\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\nz\r\n{"],
+    ids=["half", "no chunk"],
+)
+async def test_a_body_that_ends_too_soon_is_the_clients_affair(served: Served, rest: bytes) -> None:
+    """Nothing is logged: it is no failure of the daemon's."""
+    reader, writer = await asyncio.open_unix_connection(served.path)
+    writer.write(b"POST /v1/disks HTTP/1.1\r\nHost: x\r\n" + rest)
+    writer.write_eof()
+    await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    assert not served.api.asked
+    assert (await served.ask("GET", "/v1/disks"))[0] == 200
+
+
+@pytest.mark.parametrize(
     ("method", "path", "status"),
     [
         ("GET", "/", 404), ("GET", "/v2/disks", 404), ("POST", "/v1/jobs/1/fly", 404),

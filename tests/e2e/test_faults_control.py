@@ -119,7 +119,9 @@ def service() -> Iterator[Service]:
     for name in ("vm", "other"):
         daemon.attach(name, disks / f"{name}.raw")
     yield Service(daemon, daemon.move("vm", daemon.root / "moved.raw", "--limit", "16KiB"))
+    unannounced = daemon.unannounced()
     daemon.close()
+    assert not unannounced, "what clients do wrong is no failure of the daemon's"
 
 
 DEEP = b"[" * 20_000
@@ -131,13 +133,15 @@ NAMES = ["..", "../../etc/passwd", "%2e%2e%2fvm", "vm%00", "%00", "v%0am", "x" *
     [
         (b'{"target": "/x", "x": "' + b"x" * MIB + b'"}', 400, "usage"),
         (b'{"target"', 400, "usage"), (b"", 400, "usage"), (b"null", 400, "usage"),
-        (b"[]", 400, "usage"), (b"\xff\xfe", 400, "usage"), (DEEP, 400, "usage"),
+        (b"[]", 400, "usage"), (b'{"t\xff": 1}', 400, "usage"), (b"\xff\xfe", 400, "usage"),
+        (DEEP, 400, "usage"),
         (b'{"target": 1}', 400, "usage"), (b'{"target": "/x", "surplus": 1}', 400, "usage"),
         (b'{"target": "/x", "limit": -1}', 400, "usage"),
         (b'{"target": "/x", "limit": 1e400}', 400, "usage"),
         (b'{"target": "/x\\u0000y"}', 400, "usage"), (b'{"target": "x/../y"}', 400, "usage"),
     ],
-    ids=["1 MiB", "half", "none", "null", "a list", "no UTF-8", "deep", "a number",
+    ids=["1 MiB", "half", "none", "null", "a list", "a key that is no UTF-8", "no UTF-8", "deep",
+         "a number",
          "an unknown key", "a negative limit", "an infinite limit", "NUL", "a relative path"],
 )  # fmt: skip
 def test_fault_28_a_body_that_is_wrong(
