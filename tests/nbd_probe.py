@@ -14,7 +14,7 @@ from types import TracebackType
 from tests.helpers import eventually
 from tests.nbd_writer import BLOCK_BYTES, FLUSH, READ, WRITE, Client
 
-PACE_DELAY_S = 0.002  # between requests, so that it leaves a processor to those it measures
+PACE_S = 0.002  # between requests, so that it leaves a processor to those it measures
 
 
 class Probe:
@@ -66,10 +66,11 @@ class Probe:
             )
 
     def _run(self) -> None:
+        pace_delay_s = PACE_S
         try:
             while not self._ending.is_set():
                 self._step()
-                time.sleep(PACE_DELAY_S)
+                time.sleep(pace_delay_s)
         except BaseException as trouble:
             self.errors.append(repr(trouble))
 

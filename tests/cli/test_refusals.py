@@ -79,6 +79,7 @@ def test_a_name_in_use(served: Daemon) -> None:
     assert "vm" in refuse(served, "name-in-use", "attach", "vm", other)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("way", ["path", "symlink", "hard link", "read-only"])
 def test_the_same_file_twice(served: Daemon, tmp_path: Path, way: str) -> None:
     served.expect_log("refused")
@@ -102,6 +103,7 @@ def test_a_file_that_another_program_uses(served: Daemon) -> None:
         assert str(path) in refuse(served, "in-use", "attach", "other", path)
 
 
+@pytest.mark.fault(24)
 def test_a_location_that_is_no_disk(served: Daemon, tmp_path: Path) -> None:
     missing = tmp_path / "missing.raw"
     assert str(missing) in refuse(served, "location-missing", "attach", "x", missing)
@@ -141,11 +143,13 @@ def test_an_unreadable_location(served: Daemon, tmp_path: Path) -> None:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
+@pytest.mark.fault(5)
 def test_a_target_that_exists(served: Daemon) -> None:
     other = served.root / "disks" / "other.raw"
     assert str(other) in refuse(served, "target-exists", "move", "vm", other)
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("way", ["path", "symlink", "hard link", "folder"])
 def test_a_target_that_is_the_source(served: Daemon, tmp_path: Path, way: str) -> None:
     path = served.root / "disks" / "vm.raw"
@@ -159,12 +163,14 @@ def test_a_target_that_is_the_source(served: Daemon, tmp_path: Path, way: str) -
     refuse(served, "target-is-source", "move", "vm", target)
 
 
+@pytest.mark.fault(4)
 def test_a_target_whose_folder_is_missing(served: Daemon, tmp_path: Path) -> None:
     missing = tmp_path / "no" / "vm.raw"
     assert "/no" in refuse(served, "directory-missing", "move", "vm", missing)
     assert "/no" in refuse(served, "directory-missing", "move", "vm", f"{tmp_path}/no/")
 
 
+@pytest.mark.fault(7)
 @pytest.mark.root
 def test_a_target_without_space(served: Daemon, tmp_path: Path) -> None:
     if os.geteuid():

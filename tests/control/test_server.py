@@ -141,6 +141,7 @@ async def test_an_error_becomes_a_status(
     assert (answered, problem) == (status, {"code": code, "message": str(trouble)})
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 async def test_a_full_state_directory_is_a_refusal(served: Served, number: int) -> None:
     served.api.trouble = OSError(number, os.strerror(number))

@@ -136,6 +136,7 @@ def test_a_larger_device_does_not_make_the_disk_larger(
     assert read_all(back, SIZE_BYTES) == before
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("size_bytes", [1, 511, 4097, 3 * MIB + 513])
 def test_any_size_moves(daemon: Daemon, tmp_path: Path, size_bytes: int) -> None:
     source, target = tmp_path / "source.raw", tmp_path / "folder"

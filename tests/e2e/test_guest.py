@@ -58,6 +58,7 @@ def check_records(guest: Guest, disk: Path) -> None:
     assert not guest.complaints(), guest.complaints()
 
 
+@pytest.mark.fault(1)
 def test_a_guest_survives_the_move_and_the_death_of_every_process(
     daemon: Daemon, tmp_path: Path, boot: Boot
 ) -> None:

@@ -64,6 +64,7 @@ def kill_something(daemon: Daemon, chance: random.Random) -> None:
         daemon.start()
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("mode", ["auto", "mirror"])
 def test_no_acknowledged_write_is_lost_and_the_move_resumes(
     daemon: Daemon, tmp_path: Path, mode: str

@@ -95,6 +95,7 @@ def check(writer: Writer, before: bytes, after: bytes) -> None:
     assert after[untouched:] == before[untouched:]
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 @pytest.mark.parametrize("phase", ["copying", "mirroring"])
 def test_before_the_commit_the_guest_notices_nothing(
@@ -128,6 +129,7 @@ def test_before_the_commit_the_guest_notices_nothing(
         assert "degraded" in phases, phases
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("fault", [*FAULTS, pause_long], ids=lambda fault: fault.__name__)
 def test_after_the_commit_the_guest_only_waits(start: Any, fault: Callable[[Samba], None]) -> None:
     samba, daemon = start()
@@ -215,6 +217,7 @@ def test_a_disk_waits_for_a_server_that_is_away_at_its_start(start: Any) -> None
     writer.check(lambda offset, length: after[offset : offset + length])
 
 
+@pytest.mark.fault(16)
 def test_a_wrong_password_pauses_the_move_and_a_right_one_lets_it_go_on(
     start: Any, tmp_path: Path
 ) -> None:

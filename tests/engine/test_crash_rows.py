@@ -85,6 +85,7 @@ async def test_c2_during_the_first_pass(on_files: CrashBench) -> None:
     await bench.assert_moved(status)
 
 
+@pytest.mark.fault(3)
 async def test_c2_after_a_power_cut_the_marked_regions_are_copied(on_files: CrashBench) -> None:
     """The dirty bitmap is not believed then; the intent map is, as of the last checkpoint."""
     bench = on_files

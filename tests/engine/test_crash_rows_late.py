@@ -92,6 +92,7 @@ async def test_c10_with_a_target_that_cannot_be_confirmed(on_files: CrashBench) 
     assert found.disk.backend is bench.target
 
 
+@pytest.mark.fault(3)
 async def test_c11_commit_only_in_the_page_cache(
     on_files: CrashBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +224,7 @@ async def test_c15_source_unlinked_but_done_missing(on_files: CrashBench) -> Non
     await bench.assert_moved(status)
 
 
+@pytest.mark.fault(19)
 async def test_c16_source_replaced(on_files: CrashBench) -> None:
     """What an operator put in the source's place is not touched; DONE says so."""
     bench = on_files
@@ -261,6 +263,7 @@ async def test_c17_aborted_but_the_part_is_there(on_files: CrashBench, power: bo
     assert await bench.content() == bytes(bench.expected)
 
 
+@pytest.mark.fault(8)
 async def test_c18_target_full(on_files: CrashBench) -> None:
     """The job pauses for space, also over a kill; the guest notices nothing."""
     bench = on_files
@@ -279,6 +282,7 @@ async def test_c18_target_full(on_files: CrashBench) -> None:
     await bench.assert_moved(await bench.finish())
 
 
+@pytest.mark.fault(21)
 async def test_c19_state_full(on_files: CrashBench) -> None:
     """A new job is refused, and leaves nothing; a running one needs no more room than it has."""
     bench = on_files
@@ -328,6 +332,7 @@ async def test_c21_target_gone_for_a_while(on_files: CrashBench) -> None:
     await bench.assert_moved(await bench.cut_over())
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("length", [1, 31, 32, 40, 52])
 async def test_c22_torn_last_record(on_files: CrashBench, length: int) -> None:
     """Its rest is made zero, and the job goes on from the records before it."""
@@ -347,6 +352,7 @@ async def test_c22_torn_last_record(on_files: CrashBench, length: int) -> None:
     await bench.assert_moved(await bench.finish())
 
 
+@pytest.mark.fault(22)
 async def test_c23_damaged_journal(on_files: CrashBench) -> None:
     """A bad record with a good one behind it: nothing is served, nothing is touched."""
     bench = on_files
@@ -363,6 +369,7 @@ async def test_c23_damaged_journal(on_files: CrashBench) -> None:
     assert bench.trace == ["+files.read_log", "files.read_log"]
 
 
+@pytest.mark.fault(22)
 @both_crashes
 @pytest.mark.parametrize("damage", ["missing", "short"])
 async def test_c23_map_lost(on_files: CrashBench, damage: str, power: bool) -> None:
@@ -387,6 +394,7 @@ async def test_c23_map_lost(on_files: CrashBench, damage: str, power: bool) -> N
     await bench.assert_moved(status)
 
 
+@pytest.mark.fault(23)
 async def test_c24_a_second_process_is_refused(on_files: CrashBench) -> None:
     """The job's files have a lock of their own (the daemon's is tested with the daemon)."""
     bench = on_files

@@ -35,6 +35,7 @@ def entered(bench: CrashBench) -> list[Phase]:
 # 18, 19, 20: files that somebody else changes
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1, 0])
 @pytest.mark.parametrize("watched", [True, False], ids=["meanwhile", "at the cutover"])
 async def test_18_the_source_changes_its_size(
@@ -57,6 +58,7 @@ async def test_18_the_source_changes_its_size(
     assert bench.source_path.stat().st_size == size
 
 
+@pytest.mark.fault(18)
 async def test_18_the_source_changes_its_size_between_two_processes(on_files: CrashBench) -> None:
     bench = on_files
     await bench.hold_mirroring()
@@ -69,6 +71,7 @@ async def test_18_the_source_changes_its_size_between_two_processes(on_files: Cr
     assert bench.names() == ["source.raw"]
 
 
+@pytest.mark.fault(19)
 async def test_19_the_source_is_replaced(on_files: CrashBench) -> None:
     """The open file goes on being served and moved; what was put in its place is kept."""
     bench = on_files
@@ -85,6 +88,7 @@ async def test_19_the_source_is_replaced(on_files: CrashBench) -> None:
     assert bench.target_path.read_bytes() == bytes(bench.expected)
 
 
+@pytest.mark.fault(20)
 async def test_20_the_part_is_removed(on_files: CrashBench) -> None:
     bench = on_files
     await bench.hold_mirroring()
@@ -97,6 +101,7 @@ async def test_20_the_part_is_removed(on_files: CrashBench) -> None:
     assert await bench.content() == bytes(bench.expected)
 
 
+@pytest.mark.fault(20)
 async def test_20_the_part_is_replaced(on_files: CrashBench) -> None:
     """The open file may not be the one under the name: no cutover to a file of somebody else."""
     bench = on_files
@@ -109,6 +114,7 @@ async def test_20_the_part_is_replaced(on_files: CrashBench) -> None:
     assert bench.source_path.read_bytes() == bytes(bench.expected)
 
 
+@pytest.mark.fault(20)
 async def test_20_the_part_changes_its_size(on_files: CrashBench) -> None:
     bench = on_files
     bench.settings = replace(SMALL, watch_s=0.01)
@@ -119,6 +125,7 @@ async def test_20_the_part_changes_its_size(on_files: CrashBench) -> None:
     assert "the target was changed by somebody else" in status.reason
 
 
+@pytest.mark.fault(20)
 async def test_20_the_part_is_written_to(on_files: CrashBench) -> None:
     """Found by verification, and copied again."""
     bench = on_files
@@ -133,6 +140,7 @@ async def test_20_the_part_is_written_to(on_files: CrashBench) -> None:
     assert Event.MISMATCH_FOUND in [step.event for step in bench.job.migration.story]
 
 
+@pytest.mark.fault(20)
 async def test_20_something_takes_the_final_name(on_files: CrashBench) -> None:
     """It is never overwritten: the job fails, the source stays."""
     bench = on_files
@@ -148,6 +156,7 @@ async def test_20_something_takes_the_final_name(on_files: CrashBench) -> None:
 # 24: sizes
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("content", ["data", "zeroes", "holes"])
 @pytest.mark.parametrize("size", [1, 511, 512, 513, 4095, 4097, MIB + 1])
 async def test_24_odd_sizes(tmp_path: Path, size: int, content: str) -> None:
@@ -169,6 +178,7 @@ async def test_24_odd_sizes(tmp_path: Path, size: int, content: str) -> None:
     await io.close()
 
 
+@pytest.mark.fault(24)
 async def test_24_a_huge_sparse_disk(tmp_path: Path) -> None:
     """5 TiB with a few MiB of data: exact, and still sparse."""
     size = 5 * 1024 * GIB + 512
@@ -198,6 +208,7 @@ async def test_24_a_huge_sparse_disk(tmp_path: Path) -> None:
 # 25 and 26: guests that write all the time, everything, everywhere
 
 
+@pytest.mark.fault(25)
 async def test_25_a_guest_faster_than_the_target(tmp_path: Path) -> None:
     """Passes alone would never end; mirroring does, and slows the guest down only then."""
     bench = CrashBench(tmp_path, 8 * MIB)
@@ -217,6 +228,7 @@ async def test_25_a_guest_faster_than_the_target(tmp_path: Path) -> None:
     await bench.close()
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("hold", [phases.copying, phases.catching_up, phases.mirroring, phases.held,
                                   phases.verifying, phases.preparing, phases.paused,
                                   phases.out_of_space, phases.degraded],

@@ -30,6 +30,7 @@ def entered(bench: CrashBench) -> list[Phase]:
 # 8 and 9: no space
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("number", NO_SPACE, ids=errno.errorcode.get)
 async def test_8_no_space_while_copying(bench: CrashBench, number: int) -> None:
     """Paused with its reason; the guest notices nothing; it goes on by itself."""
@@ -48,6 +49,7 @@ async def test_8_no_space_while_copying(bench: CrashBench, number: int) -> None:
     assert "there is space again" in bench.job.migration.tell()
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("number", NO_SPACE, ids=errno.errorcode.get)
 async def test_9_no_space_while_mirroring(bench: CrashBench, number: int) -> None:
     """The guest's write is answered from the source; writes are followed until there is space."""
@@ -84,6 +86,7 @@ async def test_whose_fault_a_copy_beside_the_loop_is(on_files: CrashBench, side:
     assert (Phase.DEGRADED in entered(on_files)) == (side == "target")
 
 
+@pytest.mark.fault(8)
 async def test_8_no_space_below(on_files: CrashBench) -> None:
     """The same where the kernel copies from file to file."""
     bench = on_files
@@ -97,6 +100,7 @@ async def test_8_no_space_below(on_files: CrashBench) -> None:
 # 10 and 13: source errors (C20 and R9 have more)
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("operation", ["read", "extents"])
 async def test_10_the_source_cannot_be_read(bench: CrashBench, operation: str) -> None:
     bad = range(6 * UNIT, 7 * UNIT)
@@ -109,6 +113,7 @@ async def test_10_the_source_cannot_be_read(bench: CrashBench, operation: str) -
     assert bench.disk.backend is bench.source
 
 
+@pytest.mark.fault(10)
 async def test_10_the_extents_of_the_whole_source_cannot_be_read(bench: CrashBench) -> None:
     await bench.begin()
     bench.at_source.fail("extents", errno=errno.EIO)
@@ -117,6 +122,7 @@ async def test_10_the_extents_of_the_whole_source_cannot_be_read(bench: CrashBen
     assert "extents of the source failed" in status.reason
 
 
+@pytest.mark.fault(10)
 async def test_10_the_source_cannot_be_read_while_verifying(bench: CrashBench) -> None:
     """After a restart there are no digests: both sides are read."""
     await bench.hold_mirroring()
@@ -129,6 +135,7 @@ async def test_10_the_source_cannot_be_read_while_verifying(bench: CrashBench) -
     assert "read of the source failed at offset" in status.reason
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("phase", ["followed", "mirrored"])
 async def test_10_a_guest_write_that_the_source_refuses(bench: CrashBench, phase: str) -> None:
     """Only the guest is told. The blocks may differ now, so they are copied again."""
@@ -145,6 +152,7 @@ async def test_10_a_guest_write_that_the_source_refuses(bench: CrashBench, phase
     await bench.assert_moved(await bench.cut_over())
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("hold", [phases.copying, phases.catching_up, phases.mirroring,
                                   phases.held, phases.verifying, phases.paused],
                          ids=lambda hold: hold.__name__)  # fmt: skip
@@ -161,6 +169,7 @@ async def test_13_the_source_cannot_be_flushed(bench: CrashBench, hold: phases.H
     bench.at_target.heal()
 
 
+@pytest.mark.fault(13)
 async def test_13_the_first_flush_of_the_source_fails(bench: CrashBench) -> None:
     """The job's own, of what was written before it began."""
     await bench.begin()
@@ -174,6 +183,7 @@ async def test_13_the_first_flush_of_the_source_fails(bench: CrashBench) -> None
 # 11 and 12: target errors
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("operation", ["write", "flush", "publish", "read_stored"])
 async def test_11_an_error_once_is_made_good(bench: CrashBench, operation: str) -> None:
     await bench.begin()
@@ -183,6 +193,7 @@ async def test_11_an_error_once_is_made_good(bench: CrashBench, operation: str) 
     await bench.assert_moved(status)
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("operations", [WRITING, ("flush",)], ids=["write", "flush"])
 async def test_11_a_sticky_error_pauses_the_job(
     bench: CrashBench, operations: tuple[str, ...]
@@ -205,6 +216,7 @@ async def test_11_a_sticky_error_pauses_the_job(
     await bench.assert_moved(await bench.finish())
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("forgets", [False, True])
 async def test_12_a_flush_that_fails_once(bench: CrashBench, forgets: bool) -> None:
     """Whatever the target forgot then, the last comparison finds both sides equal."""
@@ -219,6 +231,7 @@ async def test_12_a_flush_that_fails_once(bench: CrashBench, forgets: bool) -> N
     await bench.assert_moved(status)
 
 
+@pytest.mark.fault(12)
 async def test_12_a_flush_that_lies_is_found_by_verification(bench: CrashBench) -> None:
     """The target claims to have everything and has not: it is copied again, once."""
     await bench.begin()
@@ -232,6 +245,7 @@ async def test_12_a_flush_that_lies_is_found_by_verification(bench: CrashBench) 
     await bench.assert_moved(status)
 
 
+@pytest.mark.fault(12)
 async def test_12_a_target_that_differs_again_is_given_up(bench: CrashBench) -> None:
     await bench.begin()
     for _ in range(2):
@@ -252,6 +266,7 @@ async def test_12_a_target_that_differs_again_is_given_up(bench: CrashBench) -> 
 # 14: a target that hangs for ever
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("operation", ["write", "flush", "read_stored"])
 async def test_14_a_target_that_hangs_while_copying(bench: CrashBench, operation: str) -> None:
     """Degraded, and the guest waits for nothing."""
@@ -274,6 +289,7 @@ async def test_14_a_target_that_hangs_while_copying(bench: CrashBench, operation
     assert await bench.content() == bytes(bench.expected)
 
 
+@pytest.mark.fault(14)
 async def test_14_many_guests_wait_for_a_target_that_hangs_once(bench: CrashBench) -> None:
     """All of them at most the budget, and together."""
     await bench.hold_mirroring()
@@ -287,6 +303,7 @@ async def test_14_many_guests_wait_for_a_target_that_hangs_once(bench: CrashBenc
     await bench.assert_moved(await bench.cut_over())
 
 
+@pytest.mark.fault(14)
 async def test_14_a_target_that_comes_back(bench: CrashBench) -> None:
     """However long it took: a target that hangs is no reason to give up."""
     bench.settings = replace(SMALL, target_stall_s=0.05, target_attempts_max=1)
@@ -299,6 +316,7 @@ async def test_14_a_target_that_comes_back(bench: CrashBench) -> None:
     await bench.assert_moved(await bench.finish())
 
 
+@pytest.mark.fault(14)
 async def test_14_a_target_that_cannot_be_closed(bench: CrashBench) -> None:
     """The job ends; closing goes on by itself."""
     bench.settings = replace(SMALL, target_stall_s=0.1, drain_s=0.1)

@@ -323,6 +323,7 @@ async def test_a_payload_never_changes_while_the_door_has_it(serve: Serve, lengt
     client.close()
 
 
+@pytest.mark.fault(2)
 async def test_n15_in_flight_is_finished_and_the_rest_is_told(serve: Serve) -> None:
     serving = await serve()
     client, stranger = await serving.enter(), await Raw.open(serving.path)

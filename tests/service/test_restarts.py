@@ -52,6 +52,7 @@ def test_a_connected_guest_does_not_notice_the_daemon(daemon: Daemon, disk: Path
     second.close()
 
 
+@pytest.mark.fault(2)
 def test_the_daemon_ends_in_good_order_and_leaves_disks_served(daemon: Daemon, disk: Path) -> None:
     client = Client(daemon.attach("vm", disk), "vm")
     pid = daemon.disk_pid("vm")
@@ -153,6 +154,7 @@ def test_a_disk_stays_at_its_new_place(
     assert shown["job"] is None
 
 
+@pytest.mark.fault(2)
 def test_a_disk_process_ends_in_good_order(daemon: Daemon, disk: Path) -> None:
     daemon.expect_log("restarting disk process")
     daemon.attach("vm", disk)

@@ -37,6 +37,7 @@ def refused(done: subprocess.CompletedProcess[str], named: Path) -> None:
     assert str(named) in done.stderr
 
 
+@pytest.mark.fault(23)
 def test_a_second_daemon(daemon: Daemon, tmp_path: Path) -> None:
     refused(start_another(daemon), daemon.state)
     refused(start_another(daemon, state_dir=tmp_path / "s"), daemon.runtime)
@@ -107,6 +108,7 @@ def test_a_state_directory_that_cant_be_used(make_daemon: MakeDaemon, tmp_path: 
     refused(start_another(daemon), daemon.state / "version")
 
 
+@pytest.mark.fault(21)
 @pytest.mark.root
 def test_a_read_only_state_directory(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     if os.geteuid():
@@ -145,6 +147,7 @@ def test_a_damaged_disk_record(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     assert (bad.read_bytes(), odd.read_bytes()) == before
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("damage", ["job.json", "log"])
 def test_a_damaged_job(make_daemon: MakeDaemon, tmp_path: Path, damage: str) -> None:
     """The disk it may be about is refused and the file is named; the other is served."""

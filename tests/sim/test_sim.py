@@ -38,6 +38,7 @@ def few_collections() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.mark.fault(1, 3)
 @pytest.mark.parametrize(
     "first", range(FIRST_SEED, FIRST_SEED + RUNS, BATCH_RUNS), ids=lambda seed: f"from-{seed}"
 )

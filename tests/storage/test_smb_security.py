@@ -139,6 +139,7 @@ async def test_bytes_arrive_however_they_are_sealed(
 class TestRefusals:
     """What is weaker than the settings allow is refused before it learns anything."""
 
+    @pytest.mark.fault(17)
     @pytest.mark.parametrize("fast", [True, False])
     @pytest.mark.parametrize(
         ("server", "client", "words"),
