@@ -131,16 +131,15 @@ def test_a_payload_above_32_mib(attacked: Attacked) -> None:
 
 
 def test_15_clients_with_32_mib_writes_in_flight(attacked: Attacked) -> None:
-    """Two each, no reply read: their connections are read when there is room."""
+    """No reply read: each connection is read when there is room."""
     with attacked.check():
         payload = bytes(32 * MIB)
         connections = [attacked.enter() for _ in range(15)]
-        for cookie in range(2):
-            for connection in connections:
-                connection.settimeout(10)
-                push(connection, wire.pack_request(WRITE, cookie, 0, 32 * MIB) + payload)
         for connection in connections:
-            assert len(take(connection, 2 * wire.SIMPLE_REPLY.size)) == 32
+            connection.settimeout(10)
+            push(connection, wire.pack_request(WRITE, 7, 0, 32 * MIB) + payload)
+        for connection in connections:
+            assert take(connection, wire.SIMPLE_REPLY.size)[4:8] == bytes(4)
 
 
 def test_unfinished_payloads_of_32_mib(attacked: Attacked) -> None:
@@ -161,7 +160,7 @@ def test_replies_that_nobody_reads(attacked: Attacked, length: int) -> None:
 def test_refusals_that_nobody_reads(attacked: Attacked) -> None:
     with attacked.check():
         for _ in range(15):
-            push(attacked.enter(), wire.pack_request(99, 7, 0, 0) * 100_000)
+            push(attacked.enter(), wire.pack_request(99, 7, 0, 0) * 30_000)
 
 
 def test_a_payload_that_stalls_is_closed_and_nothing_of_it_applied(impatient: Attacked) -> None:
