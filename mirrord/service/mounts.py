@@ -22,7 +22,7 @@ MOUNTINFO = Path("/proc/self/mountinfo")
 SHARE_KINDS = {"cifs", "smb3"}
 
 _SOURCE = re.compile(r"[/\\]{2}([^/\\]+)[/\\]([^/\\]+)(.*)", re.DOTALL)
-_OCTAL = re.compile(rb"\\([0-7]{3})")
+_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 class Mount(NamedTuple):

@@ -304,7 +304,9 @@ def sizes_and_names_seeds() -> list[bytes]:
 
 
 def mount_table(data: bytes) -> None:
-    """Read a mountinfo, and what each mount of a share means."""
+    """Read a mountinfo, and what each mount of a share means. No path in it has a NUL."""
+    if b"\0" in data or b"\\000" in data:
+        return
     found = mounts.read_mounts(as_file(data))
     mounts.advise(found, {"vault/vms": ShareConfig(credential="x")})
 
