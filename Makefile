@@ -1,9 +1,9 @@
 # make demo   install mirrord into .venv and move a live disk, showing what happens
 # make test   install what the tests need and run all of them
 # make bench  install what the tests need and measure beside other programs
+# make fuzz   install a fuzzer and run every parser on changed input, each for a minute
 #
 # Each target does its own set-up, and does it once: a second run starts at once.
-# make fuzz   install a fuzzer and try all parsers on changed input, FUZZ_SECONDS each (60)
 
 VENV := .venv
 BIN := $(VENV)/bin
