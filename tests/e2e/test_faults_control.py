@@ -241,10 +241,11 @@ def test_fault_28_clients_that_say_half_or_nothing_hold_nobody_up(service: Servi
 
 
 def test_fault_28_cancel_twice(service: Service) -> None:
-    """The last of this file: it ends the move."""
-    status, job = service.say(post(f"/v1/jobs/{service.job}/cancel"))
-    assert (status, job["id"]) == (200, service.job)
-    service.daemon.run("wait", "vm")
-    status, problem = service.say(post(f"/v1/jobs/{service.job}/cancel"))
-    assert (status, set(problem)) == (409, {"code", "message"})
-    assert service.daemon.json("job", service.job)["phase"] == "cancelled"
+    """The second finds a move that has ended, and says so."""
+    job = service.daemon.move("other", service.daemon.root / "elsewhere.raw", "--limit", "16KiB")
+    status, told = service.say(post(f"/v1/jobs/{job}/cancel"))
+    assert (status, told["id"]) == (200, job)
+    assert service.daemon.run("wait", "other").returncode == 3
+    service.refuses(post(f"/v1/jobs/{job}/cancel"), 409, "wrong-phase")
+    assert service.daemon.json("job", job)["phase"] == "cancelled"
+    assert not (service.daemon.root / "elsewhere.raw").exists()

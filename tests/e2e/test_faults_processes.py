@@ -101,7 +101,7 @@ def test_fault_25_a_move_ends_although_the_guest_writes_without_a_pause(
     fio = require_program("fio")
     disk, target = tmp_path / "vm.raw", tmp_path / "moved.raw"
     with disk.open("wb") as file:
-        file.truncate(SIZE // 2)
+        file.truncate(SIZE // 4)
     uri = f"nbd+unix:///vm?socket={daemon.attach('vm', disk)}"
     load = subprocess.Popen(
         [fio, "--name=w", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bs=4k",
@@ -110,8 +110,8 @@ def test_fault_25_a_move_ends_although_the_guest_writes_without_a_pause(
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path,
     )  # fmt: skip
     try:
-        eventually(lambda: disk.stat().st_blocks * 512 > SIZE // 4, 30, "fio writes")
-        job = daemon.move("vm", target, "--limit", "8MiB")
+        eventually(lambda: disk.stat().st_blocks * 512 > SIZE // 8, 30, "fio writes")
+        job = daemon.move("vm", target, "--limit", "4MiB")
         daemon.wait("vm", timeout_s=30)
         assert load.poll() is None, "it wrote all the time"
     finally:

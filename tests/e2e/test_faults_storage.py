@@ -258,7 +258,7 @@ def test_fault_21_a_full_state_directory_starts_nothing_and_ends_no_guest(
         daemon.start()
         daemon.attach("other", other)
         with Probe(daemon.attach("vm", disk)) as guest:
-            job = daemon.move("vm", tmp_path / "moved.raw", "--limit", SLOW)
+            job = daemon.move("vm", tmp_path / "moved.raw", "--limit", "8MiB")
             ballast = fill_up(daemon.state)
             refused = daemon.run("move", "other", tmp_path / "another.raw")
             assert refused.returncode == 4

@@ -104,8 +104,10 @@ class TestDisk:
 
     async def test_the_cache_is_warmed_in_steps(self) -> None:
         disk, faults = self.disk(3 * MIB + 5)
+        others_turn = asyncio.create_task(asyncio.sleep(0))
         await disk.cache(1, disk.size - 1)
         assert faults.count("read") == 4
+        assert others_turn.done()
 
     async def test_extents(self) -> None:
         disk, _ = self.disk()
