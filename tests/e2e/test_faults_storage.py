@@ -158,12 +158,16 @@ def qemu_io(path: str, *commands: str) -> subprocess.CompletedProcess[str]:
 def test_fault_11_12_errors_of_the_target_for_a_while_are_made_good(
     daemon: Daemon, disk: Path, tmp_path: Path, phase: str
 ) -> None:
-    """A device that loses what its cache held: all since its last good flush is written again."""
+    """A device that loses what its cache held: all since its last good flush is written again.
+
+    The errors come with a flush; past the page cache, with each write.
+    """
+    cache = "direct" if phase == "mirroring" else "writeback"
     backing = tmp_path / "backing.raw"
     with backing.open("wb") as file:
         file.truncate(SIZE)
     with faulty_device(tmp_path, backing) as (device, storage):
-        with Probe(daemon.attach("vm", disk)) as guest:
+        with Probe(daemon.attach("vm", disk, "--cache", cache)) as guest:
             job = daemon.move("vm", device, "--limit", SLOW, "--cutover", "manual")
             if phase == "mirroring":
                 daemon.json("limit", "vm", "1GiB")
