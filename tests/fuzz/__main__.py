@@ -14,6 +14,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tests.fuzz.targets import TARGETS, Target
@@ -47,8 +48,11 @@ def fuzz(target: Target, seconds: int) -> list[Path]:
         "-verbosity=0",
     ]  # fmt: skip
     log = crashes.parent / "log"
-    with log.open("wb") as file:
-        done = subprocess.run(command, stdout=file, stderr=file, timeout=seconds + END_S)
+    # libFuzzer ends a process at once: what it leaves goes with this folder.
+    with tempfile.TemporaryDirectory(prefix="mirrord-fuzz-") as scratch, log.open("wb") as file:
+        environment = {**os.environ, "TMPDIR": scratch}
+        limit_s = seconds + END_S
+        done = subprocess.run(command, stdout=file, stderr=file, timeout=limit_s, env=environment)
     lines = log.read_text(errors="replace").splitlines()
     runs = next((line.split()[-1] for line in lines if "number_of_executed_units" in line), "?")
     found = sorted(set(crashes.iterdir()) - known)
