@@ -495,7 +495,3 @@ def _usage(error: Exception) -> str:
     command = context.command_path if context is not None else "mirrord"
     explain = getattr(error, "format_message", lambda: str(error))
     return f"{explain().rstrip('.')}; see '{command} --help'"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
