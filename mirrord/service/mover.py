@@ -211,14 +211,11 @@ class Mover:
             await asyncio.Event().wait()
 
     async def _run_job(self, job: EngineJob, record: JobRecord) -> None:
-        target = self._target_of(record)
         assert self._group is not None
         keeping = self._group.create_task(self._keep_story(job, record))
         status = await job.run()
         keeping.cancel()
         self._last = history.told(record, status.summary())
-        if self._last.phase == "done":
-            self._place = target
         self._job = self._job_record = None
         self._idle.set()
         self._changed.set()
@@ -251,7 +248,8 @@ class Mover:
                 self._told_more.set()
 
     async def _moved(self, root: str | None, location: str) -> None:
-        """Make it durable that the disk is at `location` now."""
+        """Make it durable that the disk is at `location` now, and show it."""
+        self._place = self._places.make(location, self.disk.size, root)
         self._record = msgspec.structs.replace(
             self._record, location=location, size=self.disk.size, root=root
         )
