@@ -28,7 +28,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from errno import EIO
+from errno import EIO, ENOTSUP
 from typing import Any, TypeVar
 
 from bitarray import bitarray
@@ -45,7 +45,7 @@ from mirrord.engine.mutation import Mutation
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.unflushed import Unflushed
 from mirrord.errors import SideError, SourceError, TargetError
-from mirrord.storage.backend import Backend, Watch
+from mirrord.storage.backend import Backend, UnreachableError, Watch
 
 T = TypeVar("T")
 
@@ -129,6 +129,13 @@ class WriteTracker:
                 await self._follow(mutation)
             else:
                 await self._mirrored(mutation, mirror)
+        except (OtherSideError, UnreachableError):
+            raise
+        except OSError as error:
+            if mutation.fua and error.errno != ENOTSUP:  # its flush may be what failed (R9)
+                text = "a write to the source that was to be durable failed"
+                self._report(SourceError(error, text, mutation.offset))
+            raise
         finally:
             self._source_unflushed.wrote(regions)
 

@@ -58,6 +58,33 @@ async def test_r9_a_failed_flush_of_the_source_ends_the_move(bench: CrashBench) 
     assert await bench.content() == bytes(bench.expected)
 
 
+async def test_r9_a_failed_fua_write_of_the_source_ends_the_move(bench: CrashBench) -> None:
+    """Its flush was one. Broken: `WriteTracker.mutate` doesn't report."""
+    await bench.hold_mirroring()
+    bench.at_source.fail("write", errno=errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        await bench.disk.write(0, NEWER, fua=True)
+    status = await bench.finish()
+    assert status.phase is Phase.FAILED
+    assert "a write to the source that was to be durable failed" in status.reason
+    assert bench.names() == ["source"]
+    with pytest.raises(OSError, match="an earlier flush failed"):
+        await bench.disk.flush()
+
+
+async def test_a_failed_write_of_the_source_does_not_end_the_move(bench: CrashBench) -> None:
+    """Without FUA it is between the guest and its disk; nor does FUA that was not possible."""
+    await bench.hold_mirroring()
+    bench.at_source.fail("write", errno=errno.EIO)
+    bench.at_source.fail("write_zeroes", errno=errno.ENOTSUP)
+    with pytest.raises(OSError, match="Input/output error"):
+        await bench.disk.write(0, NEWER)
+    with pytest.raises(OSError, match="not supported"):
+        await bench.disk.write_zeroes(0, UNIT, fast=True, fua=True)
+    await bench.write(0, NEWER, fua=True)
+    await bench.assert_moved(await bench.cut_over())
+
+
 # R10: a flush covers the authoritative side
 
 
