@@ -41,6 +41,7 @@ from mirrord.storage.names import (
     refusal,
     reopen,
     retired_name,
+    undeleted,
 )
 
 P = ParamSpec("P")
@@ -379,10 +380,16 @@ class FilePlace(Place):
             parent = self._parent().descriptor
         except FileNotFoundError:
             return
-        durable.remove(parent, part_name(self._name, job_id))
-        if any(known and self._leads_to(self._name, known) for known in (self._target, identity)):
-            durable.remove(parent, self._name)
-        durable.sync_directory(parent)
+        name = part_name(self._name, job_id)
+        try:
+            durable.remove(parent, name)
+            ours = (known for known in (self._target, identity) if known)
+            if any(self._leads_to(self._name, known) for known in ours):
+                name = self._name
+                durable.remove(parent, name)
+            durable.sync_directory(parent)
+        except OSError as error:
+            raise undeleted(error, f"{self._parent().path}/{name}") from error
 
     def _confirm(self, identity: Identity) -> str | None:
         try:
@@ -429,7 +436,8 @@ class FilePlace(Place):
         except BlockingIOError:
             return f"another program has {self.location} open"
         except OSError as error:
-            return f"{self.location} can't be retired ({error.strerror})"
+            left = f"; it is {self._parent().path}/{retired} now" if self._exists(retired) else ""
+            return f"{self.location} can't be retired ({error.strerror}){left}"
         finally:
             os.close(inode)
 
@@ -458,9 +466,12 @@ class FilePlace(Place):
         except FileNotFoundError:
             return
         retired = retired_name(self._name, job_id)
-        if self._leads_to(retired, identity):
-            durable.remove(parent, retired)
-        durable.sync_directory(parent)
+        try:
+            if self._leads_to(retired, identity):
+                durable.remove(parent, retired)
+            durable.sync_directory(parent)
+        except OSError as error:
+            raise undeleted(error, f"{self._parent().path}/{retired}") from error
 
     # What a name leads to.
 

@@ -173,3 +173,10 @@ def refusal(location: str, error: OSError) -> RefusedError:
         error.errno or 0, ("target-unusable", f"{error.strerror}: choose another target")
     )
     return RefusedError(code, f"{location} can't be created: {reason}")
+
+
+def undeleted(error: OSError, path: str) -> OSError:
+    """Return a deletion's error with what has become of the file: its name is a hidden one."""
+    gone = "it is gone, but a power cut may bring {} back"
+    left = "it is {} now" if os.path.lexists(path) else gone
+    return OSError(error.errno, f"{error.strerror}; {left.format(path)}")

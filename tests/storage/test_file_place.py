@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import stat
@@ -443,6 +444,26 @@ class TestRetiring:
         backend = await FilePlace(str(path), some_io).open()
         await self.kept(path, place, some_io, "open")
         await backend.close()
+
+    async def test_where_it_is_left_when_a_step_fails(self, path, place, monkeypatch) -> None:
+        """Nobody would look for a source under its hidden name."""
+
+        def fail(*arguments: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        retired = path.parent / f".disk.raw.mirrord-{JOB}.retired"
+        with monkeypatch.context() as broken:
+            broken.setattr(durable, "sync_directory", fail)
+            outcome = await place.retire(JOB, self.identity)
+        assert outcome == f"{path} can't be retired (Input/output error); it is {retired} now"
+        with monkeypatch.context() as broken:
+            broken.setattr(durable, "remove", fail)
+            with pytest.raises(OSError, match=f"Input/output error; it is {retired} now$"):
+                await place.delete_retired(JOB, self.identity)
+        monkeypatch.setattr(durable, "sync_directory", fail)
+        with pytest.raises(OSError, match=f"gone, but a power cut may bring {retired} back$"):
+            await place.delete_retired(JOB, self.identity)
+        assert not retired.exists()
 
     async def test_a_missing_directory_is_no_error(self, path, place, some_io) -> None:
         outcome = await FilePlace("/nowhere/disk.raw", some_io).retire(JOB, self.identity)
