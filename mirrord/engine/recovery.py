@@ -30,7 +30,7 @@ from mirrord.engine.intents import Intents
 from mirrord.engine.job import Job
 from mirrord.engine.ledger import Ledger
 from mirrord.engine.request import JobRequest, Progress
-from mirrord.engine.store import JobStore
+from mirrord.engine.store import JobStore, unwritable
 from mirrord.engine.surroundings import Surroundings
 from mirrord.errors import RefusedError
 from mirrord.storage.backend import Backend, Cache, Identity, Place
@@ -86,9 +86,11 @@ async def start(
         progress.reset()
         store.vouch()
         await ledger.append(Kind.PREP, _prep(disk.backend, target))
-    except BaseException:
+    except BaseException as error:
         await target.close()
         await _discard(places, request, target.identity)
+        if isinstance(error, OSError):
+            raise unwritable(error) from error
         raise
     return _job(
         request, disk, places, (disk.backend.identity, target.identity), store, ledger, around,

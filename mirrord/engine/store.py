@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from mirrord.errors import RefusedError
+
 
 class JobStore(ABC):
     """One job's durable state. One process has it open (a lock sees to that).
@@ -55,3 +57,12 @@ class JobStore(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Release the files and the lock. Idempotent."""
+
+
+def unwritable(error: OSError) -> RefusedError:
+    """Return the refusal of a job whose files can't be made."""
+    return RefusedError(
+        "state-error",
+        f"the state directory can't be written ({error.strerror}): "
+        "make room there or mend it, then try again",
+    )

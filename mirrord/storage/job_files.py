@@ -35,7 +35,7 @@ from xxhash import xxh3_64_digest
 from mirrord.core.bitmap import REGION_BYTES, bitmap_bytes_for, map_bytes_for
 from mirrord.core.geometry import KIB, MIB
 from mirrord.core.journal import CAPACITY_BYTES
-from mirrord.engine.store import JobStore
+from mirrord.engine.store import JobStore, unwritable
 from mirrord.errors import DamagedError, RefusedError
 from mirrord.storage import durable
 
@@ -99,7 +99,8 @@ class JobFiles(JobStore):
         """Open the files of the job whose directory (which exists) is named by its id.
 
         `size_bytes` is the disk's; `dirty_bytes` the length of `dirty`, if that is more than the
-        bitmap. Raises: RefusedError (`in-use`) when another process has them.
+        bitmap. Raises: RefusedError when another process has them (`in-use`) or
+        they can't be made (`state-error`).
         """
         map_bytes = map_bytes_for(size_bytes, region_bytes)
         dirty_bytes = dirty_bytes or bitmap_bytes_for(size_bytes)
@@ -125,9 +126,11 @@ class JobFiles(JobStore):
             if not durable.try_flock(lock):
                 raise RefusedError("in-use", f"another process has job {path.name} open")
             dirty, same_boot = _map_dirty(directory, header, dirty_bytes)
-        except BaseException:
+        except BaseException as error:
             for descriptor in opened:
                 os.close(descriptor)
+            if isinstance(error, OSError):
+                raise unwritable(error) from error
             raise
         files = cls(path.name, directory, lock, dirty, map_bytes)
         files.same_boot = same_boot

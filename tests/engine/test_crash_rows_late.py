@@ -288,7 +288,7 @@ async def test_c19_state_full(on_files: CrashBench) -> None:
     bench = on_files
     await bench.open()
     bench.at_files.fail("create", errno=errno.ENOSPC)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RefusedError, match="state directory can't be written"):
         await bench.start()
     assert bench.names() == ["source.raw"]
     await bench.files.close()

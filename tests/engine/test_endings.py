@@ -39,8 +39,9 @@ async def test_a_read_only_disk_is_refused(bench: CrashBench) -> None:
 async def test_a_job_that_cannot_be_recorded_leaves_no_target(bench: CrashBench, step: str) -> None:
     await bench.open()
     bench.at_files.fail(step, errno=errno.EIO)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(RefusedError, match="Input/output error") as caught:
         await bench.start()
+    assert caught.value.code == "state-error"
     assert bench.names() == ["source"]
     await bench.write(0, NEW)
 

@@ -371,7 +371,7 @@ class Machine:
             return await start(
                 disk, self._places(), SimStore(self.files), self._request(), self._around()
             )
-        except OSError as error:
+        except (OSError, RefusedError) as error:
             if not self.world.faults_hit and not has_given_up(self, "source"):
                 self.world.violate(f"the move was refused without a fault: {error}")
             self.world.tell("refused", error)
