@@ -16,11 +16,20 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.daemon import Daemon
-from tests.helpers import NEEDS_LOOP, NEEDS_ROOT, NEEDS_URING, have_io_uring, have_loop_devices
+from tests.helpers import (
+    NEEDS_FUSE,
+    NEEDS_LOOP,
+    NEEDS_ROOT,
+    NEEDS_URING,
+    have_fuse,
+    have_io_uring,
+    have_loop_devices,
+)
 
 REALLY_MISSING: dict[str, Callable[[], bool]] = {
     NEEDS_ROOT: lambda: os.geteuid() != 0,
     NEEDS_LOOP: lambda: not have_loop_devices(),
+    NEEDS_FUSE: lambda: not have_fuse(),
     NEEDS_URING: lambda: not have_io_uring(),
 }
 

@@ -24,6 +24,7 @@ POLL_S = 0.02  # short beside anything waited for, long beside one look
 # other skip into a failure (see conftest.py), so that coverage can't shrink in silence.
 NEEDS_ROOT = "needs root"
 NEEDS_LOOP = "needs loop devices"
+NEEDS_FUSE = "needs FUSE"
 NEEDS_URING = "needs io_uring"
 
 
@@ -66,6 +67,17 @@ def require_loop_devices() -> None:
     """Skip unless loop devices can be made."""
     if not have_loop_devices():
         pytest.skip(NEEDS_LOOP)
+
+
+def have_fuse() -> bool:
+    """Tell whether a program can be a file system here."""
+    return os.geteuid() == 0 and os.path.exists("/dev/fuse")
+
+
+def require_fuse() -> None:
+    """Skip unless a program can be a file system."""
+    if not have_fuse():
+        pytest.skip(NEEDS_FUSE)
 
 
 def have_io_uring() -> bool:

@@ -25,6 +25,7 @@ DEPTH = 4  # requests in flight
 ANSWER_S = 30  # a killed disk process is back within one; the rest is for a loaded machine
 
 READ, WRITE, DISCONNECT, FLUSH, TRIM, ZEROES = 0, 1, 2, 3, 4, 6
+FUA = 1  # flag: durable before it is answered
 
 
 class Client:
@@ -67,9 +68,11 @@ class Client:
             raise ConnectionError("the server closed the connection")
         return data
 
-    def send(self, command: int, cookie: int, offset: int, length: int, data: bytes = b"") -> None:
+    def send(
+        self, command: int, cookie: int, offset: int, length: int, data: bytes = b"", flags: int = 0
+    ) -> None:
         """Send one request."""
-        header = struct.pack(">IHHQQI", 0x25609513, 0, command, cookie, offset, length)
+        header = struct.pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, length)
         self._socket.sendall(header + data)
 
     def receive(self) -> tuple[int, int]:
@@ -99,6 +102,7 @@ class Request:
     command: int
     block: int
     blocks: int
+    flags: int = 0
 
     def data(self) -> bytes:
         """Return what it writes: each block names itself and the request."""
@@ -205,7 +209,9 @@ class Writer:
     def _send(self, request: Request) -> None:
         length = request.blocks * BLOCK_BYTES
         offset = request.block * BLOCK_BYTES
-        self._client.send(request.command, request.cookie, offset, length, request.data())
+        self._client.send(
+            request.command, request.cookie, offset, length, request.data(), request.flags
+        )
 
     def _finish(self, cookie: int, error: int) -> None:
         request = self._in_flight.pop(cookie)
