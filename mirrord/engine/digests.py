@@ -20,6 +20,16 @@ NONE = 0
 COMPARING = 1  # no digest, but nothing was written since this mark was set
 
 
+class Watched:
+    """Chunks that are compared as one. `untouched` says that nothing was written since."""
+
+    __slots__ = ("chunks", "untouched")
+
+    def __init__(self, chunks: range) -> None:
+        self.chunks = chunks
+        self.untouched = True
+
+
 class Digests:
     """64-bit digests (XXH3) by chunk, as `of` makes them."""
 
@@ -35,11 +45,15 @@ class Digests:
         self._memory = mmap.mmap(-1, max(1, self.count) * 8)
         self._digests = memoryview(self._memory).cast("Q")
         self._verified = bitarray(self.count)
+        self._watched: list[Watched] = []
 
     def forget(self, offset: int, length: int) -> None:
         """The range changed: its chunks have no digest and are not verified."""
         first = offset // self.chunk_bytes
         stop = (offset + length - 1) // self.chunk_bytes + 1
+        for watched in self._watched:
+            if first < watched.chunks.stop and watched.chunks.start < stop:
+                watched.untouched = False
         if stop - first == 1:
             self._verified[first] = 0
             if self._digests[first]:
@@ -70,6 +84,23 @@ class Digests:
     def verified(self, index: int) -> None:
         """Remember that the chunk was compared and nothing wrote to it meanwhile."""
         self._verified[index] = 1
+
+    def inside(self, offset: int, length: int) -> range:
+        """Return the chunks that lie in a range as a whole; may be none."""
+        end = offset + length
+        stop = self.count if end >= self.size else end // self.chunk_bytes
+        return range(-(-offset // self.chunk_bytes), stop)
+
+    def watch(self, chunks: range) -> Watched:
+        """Notice from now on whether something of the chunks is forgotten, until `settle`."""
+        self._watched.append(Watched(chunks))
+        return self._watched[-1]
+
+    def settle(self, watched: Watched, *, verified: bool) -> None:
+        """End a watch; if that is so, remember all its chunks as verified."""
+        self._watched.remove(watched)
+        if verified:
+            self._verified[watched.chunks.start : watched.chunks.stop] = 1
 
     def next_unverified(self, index: int) -> int:
         """Return the first unverified chunk at or after `index`, or -1."""

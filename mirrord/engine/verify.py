@@ -1,7 +1,8 @@
 """Verification: the target is read back and compared, chunk by chunk, while the guest goes on.
 
 A chunk whose digest was taken when it was copied needs only the target's bytes; any other is
-compared by reading both sides. Holes on both sides are equal without a read.
+compared by reading both sides. Holes on both sides are equal without a read, and large ones are
+found before all else: chunk by chunk, a TiB of them would take a minute.
 
 No lock is held while reading, so that no guest waits for it. Instead the chunk's digest is the
 witness: a mirrored write takes it away, under its range lock, before either leg starts. A chunk
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 
 from xxhash import xxh3_64_intdigest
 
-from mirrord.core.geometry import Extent, Status
+from mirrord.core.geometry import MIB, Extent, Status, split
 from mirrord.engine.digests import COMPARING, Digests
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.tracking import WriteTracker
@@ -51,6 +52,9 @@ class Verdict:
 # Chunks that are compared together: what one call costs, all of them do.
 GROUP_CHUNKS_MAX = 8
 
+# How much of a hole is compared at once: a guest's write into it leaves so much to the walk.
+HOLE_BYTES_MAX = 64 * 1024 * MIB
+
 
 class Verifier:
     """Compares source and target for one job."""
@@ -73,12 +77,49 @@ class Verifier:
                 break
             # A clean cache: what is read past it is what is stored.
             await self._tracker.flush_target()
+            if number == 0:
+                chunks += await self._holes()
             # What was written while its neighbours were read is read alone, which is quicker.
             mismatches, compared = await self._walk(1 if number else GROUP_CHUNKS_MAX)
             chunks += compared
             if mismatches:
                 return Verdict(tuple(mismatches), chunks, digests.unverified())
         return Verdict((), chunks, digests.unverified())
+
+    async def _holes(self) -> int:
+        """Compare what is a large hole on both sides; return how many chunks that were.
+
+        Where a side can't tell, or something is written meanwhile, the walk comes to it.
+        """
+        source, target = self._tracker.source, self._tracker.target
+        least, compared = self._settings.hole_chunks_min * self._settings.chunk_bytes, 0
+        for at, count in split(0, source.size, self._settings.scan_bytes):
+            for outer in await _large_holes(target, at, count, least):
+                for inner in await _large_holes(source, outer.offset, outer.length, least):
+                    for start, length in split(inner.offset, inner.length, HOLE_BYTES_MAX):
+                        compared += await self._hole(start, length)
+        return compared
+
+    async def _hole(self, offset: int, length: int) -> int:
+        """Verify the chunks in what has just been a hole on both sides, if it is still one."""
+        digests = self._tracker.digests
+        chunks = digests.inside(offset, length)
+        if not chunks:
+            return 0
+        start, end = digests.range_of(chunks[0])[0], sum(digests.range_of(chunks[-1]))
+        ticket = await self._tracker.locks.acquire(start, end)
+        watched = digests.watch(chunks)
+        self._tracker.locks.release(ticket)
+        equal = False
+        try:
+            equal = await self._both_hole(start, end - start)
+            # no await below
+            equal &= watched.untouched and self._tracker.bitmap.clean(start, end - start)
+        finally:
+            digests.settle(watched, verified=equal)
+        if equal:
+            self.verified_bytes += end - start
+        return len(chunks) if equal else 0
 
     async def _walk(self, most: int) -> tuple[list[int], int]:
         mismatches: list[int] = []
@@ -200,6 +241,23 @@ class Verifier:
         except OSError as error:
             raise SourceError(error, "read of the source failed", offset) from error
         return bytes(stored) == bytes(data)
+
+
+async def _large_holes(backend: Backend, offset: int, length: int, least: int) -> list[Extent]:
+    """Return the holes of at least so many bytes, as far as the backend can tell."""
+    found: list[Extent] = []
+    end = offset + length
+    while offset < end:
+        try:
+            extents = await backend.extents(offset, end - offset)
+        except OSError:
+            return found  # reading it will tell what is wrong
+        for extent in extents:
+            stop = min(extent.end, end)
+            if extent.status is Status.HOLE and stop - extent.offset >= least:
+                found.append(Extent(extent.offset, stop - extent.offset, Status.HOLE))
+            offset = stop
+    return found
 
 
 async def _all_hole(backend: Backend, offset: int, length: int) -> bool:

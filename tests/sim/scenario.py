@@ -241,6 +241,7 @@ def _settings(rng: random.Random) -> EngineSettings:
         region_bytes=rng.choice((32, 64, 128)),
         zero_bytes=rng.choice((8, 16, 32)),
         scan_bytes=rng.choice((32, 128)),
+        hole_chunks_min=1,
         piece_s=rng.choice((0, 0.1, 10)),
         checkpoint_s=rng.choice((0.01, 0.05, 0.5)),
         checkpoint_bytes=rng.choice((64, 256)),
