@@ -21,6 +21,7 @@ from mirrord.storage.descriptor import DescriptorBackend
 from mirrord.storage.file_place import FilePlace
 from mirrord.storage.fileio import open_io
 from mirrord.storage.job_files import JobFiles
+from tests.helpers import eventually_async
 
 SIZE = 256 * MIB + 512  # the last chunk is short
 CHUNKS = 257
@@ -147,25 +148,35 @@ async def test_what_a_guest_writes_meanwhile_is_compared(
 async def test_a_write_under_way_is_waited_for(
     sides: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that began before may have forgotten its digest, and reach the sides later."""
+    """It has taken its digest away already, and what it does comes after the look."""
     goes_on = asyncio.Event()
-    honest = sides.disk.backend.write
+    at = 5 * MIB
 
-    async def slow(offset: int, data: bytes, *, fua: bool = False) -> None:
-        await goes_on.wait()
-        await honest(offset, data, fua=fua)
-        await sides.target.write(offset, b"y")
+    def slowly(side: DescriptorBackend) -> None:
+        honest = side.write
 
-    monkeypatch.setattr(sides.disk.backend, "write", slow)
-    guest = asyncio.create_task(sides.disk.write(0, b"x"))
+        async def write(offset: int, data: bytes, *, fua: bool = False) -> None:
+            await goes_on.wait()
+            await honest(offset, data, fua=fua)
+
+        monkeypatch.setattr(side, "write", write)
+        monkeypatch.setattr(side, "begin_write", lambda *_: False)
+
+    slowly(sides.target)
+    slowly(sides.disk.backend)  # type: ignore[arg-type]
+    guest = asyncio.create_task(sides.disk.write(at, b"x"))
     await asyncio.sleep(0)
+
+    async def lose() -> None:
+        goes_on.set()
+        await guest
+        await sides.target.write(at, b"y")
+
+    sides.interfere(monkeypatch, lose)
     verifying = asyncio.create_task(sides.verifier.run())
-    for _ in range(20):
-        await asyncio.sleep(0)
-    assert not verifying.done()
+    await eventually_async(lambda: goes_on.is_set() or len(sides.tracker.locks._ranges) == 2)
     goes_on.set()
-    await guest
-    assert (await verifying).mismatches == (0,)
+    assert (await verifying).mismatches == (at,)
 
 
 async def test_what_is_marked_meanwhile_is_not_called_verified(
