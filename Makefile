@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find mirrord -name '*.py') pyproject.toml
 INSTALL := DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" SYSCONFDIR="$(SYSCONFDIR)" \
 	PYTHON="$(SYSTEM_PYTHON)" PIP="$(abspath $(BIN))/python -m pip --disable-pip-version-check" \
-	WHEELS="$(abspath $(WHEELS))" PAGES="$(abspath $(PAGES))" packaging/install
+	WHEELS="$(abspath $(WHEELS))" PAGES="$(abspath $(PAGES))" systemd/packaging/install
 
 .PHONY: demo test lint bench bench-readme fuzz packages install uninstall deb clean help
 .DELETE_ON_ERROR:
@@ -62,7 +62,7 @@ uninstall:
 	$(INSTALL) uninstall
 
 deb: $(WHEELS)/.ours $(PAGES)/.made
-	SYSTEM_PYTHON="$(SYSTEM_PYTHON)" packaging/build-deb
+	SYSTEM_PYTHON="$(SYSTEM_PYTHON)" systemd/packaging/build-deb
 
 $(WHEELS)/.made: pyproject.toml | $(BIN)/python
 	rm -rf $(WHEELS)
@@ -74,9 +74,9 @@ $(WHEELS)/.ours: $(WHEELS)/.made $(SOURCES)
 	$(PIP) --python $(SYSTEM_PYTHON) wheel --quiet --quiet --no-deps --wheel-dir $(WHEELS) .
 	touch $@
 
-$(PAGES)/.made: $(SOURCES) packaging/pages.py systemd/mirrord.toml | $(VENV)/.installed
+$(PAGES)/.made: $(SOURCES) systemd/packaging/pages.py systemd/mirrord.toml | $(VENV)/.installed
 	rm -rf $(PAGES)
-	$(BIN)/python packaging/pages.py $(PAGES)
+	$(BIN)/python systemd/packaging/pages.py $(PAGES)
 	touch $@
 
 # FUZZ_TARGETS="location configuration" for some of them. What was found is kept in .cache/fuzz.

@@ -14,6 +14,7 @@ import pytest
 
 from mirrord.core.geometry import MIB
 from mirrord.service.config import Config, NbdConfig
+from mirrord.service.grants import Grant
 from mirrord.service.shares import ShareConfig
 from tests.daemon import Daemon
 from tests.helpers import require_program
@@ -27,7 +28,7 @@ BIN = Path(sys.executable).parent
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make them as a build does."""
     folder = tmp_path_factory.mktemp("pages")
-    subprocess.run([sys.executable, ROOT / "packaging" / "pages.py", folder], check=True)
+    subprocess.run([sys.executable, ROOT / "systemd" / "packaging" / "pages.py", folder], check=True)
     return folder
 
 
@@ -59,10 +60,11 @@ def test_every_command_has_a_page_with_its_options(pages: Path) -> None:
 def test_the_page_of_the_configuration_has_every_key(pages: Path) -> None:
     page = shown(pages / "man" / "mirrord.toml.5")
     shown_keys = set(re.findall(r"^\s+(\w+) = ", page, re.M))
-    keys = {*Config.__struct_fields__} - {"nbd", "smb"}
+    keys = {*Config.__struct_fields__} - {"nbd", "smb", "grant"}
     example = (ROOT / "systemd" / "mirrord.toml").read_text()
-    for struct in (NbdConfig, ShareConfig):
+    for struct in (NbdConfig, ShareConfig, Grant):
         keys |= {each for each in struct.__struct_fields__ if f"# {each} = " in example}
+    assert {"group", "verbs", "roots"} <= keys
     assert keys <= shown_keys
     assert msgspec.structs.asdict(Config())["keep_jobs"] == 1000
     assert "keep_jobs = 1000" in page
@@ -153,7 +155,7 @@ def test_what_is_installed_around_the_program(pages: Path, tmp_path: Path) -> No
     }  # fmt: skip
 
     def run(what: str) -> None:
-        subprocess.run([ROOT / "packaging" / "install", what], check=True, env=environment)
+        subprocess.run([ROOT / "systemd" / "packaging" / "install", what], check=True, env=environment)
 
     run("surroundings")
     units = prefix / "lib" / "systemd" / "system"

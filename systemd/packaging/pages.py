@@ -23,7 +23,7 @@ import mirrord
 from mirrord.cli import app
 from mirrord.options import COMPLETE_VARIABLE
 
-CONFIGURATION = Path(__file__).parent.parent / "systemd" / "mirrord.toml"
+CONFIGURATION = Path(__file__).parent.parent / "mirrord.toml"
 # Where a zsh that loads a completion runs it at once, instead of telling zsh about it.
 ZSH_DEFINES = "compdef _mirrord_completion mirrord"
 ZSH_DEFINES_OR_RUNS = f"""if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
