@@ -22,13 +22,14 @@ from tests.style.sources import ROOT
 from tests.style.test_readme import command_rows
 
 BIN = Path(sys.executable).parent
+PACKAGING = ROOT / "systemd" / "packaging"
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make them as a build does."""
     folder = tmp_path_factory.mktemp("pages")
-    subprocess.run([sys.executable, ROOT / "systemd" / "packaging" / "pages.py", folder], check=True)
+    subprocess.run([sys.executable, PACKAGING / "pages.py", folder], check=True)
     return folder
 
 
@@ -155,7 +156,7 @@ def test_what_is_installed_around_the_program(pages: Path, tmp_path: Path) -> No
     }  # fmt: skip
 
     def run(what: str) -> None:
-        subprocess.run([ROOT / "systemd" / "packaging" / "install", what], check=True, env=environment)
+        subprocess.run([PACKAGING / "install", what], check=True, env=environment)
 
     run("surroundings")
     units = prefix / "lib" / "systemd" / "system"
