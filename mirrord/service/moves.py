@@ -264,13 +264,13 @@ class Moves:
             )
 
     def _refuse_taken(self, asked: Move) -> None:
-        target = asked.record.target
+        target, root = asked.record.target, asked.record.target_root
         for move in self.unfinished_moves():
-            if move is not asked and same_location(target, move.record.target):
+            if move is not asked and same_location(target, move.record.target, root):
+                which = f"disk {move.record.disk}" if root is None else "another disk"
                 raise RefusedError(
                     "target-in-use",
-                    f"{target} is the target of the unfinished move of disk {move.record.disk}; "
-                    "choose another",
+                    f"{target} is the target of the unfinished move of {which}; choose another",
                 )
 
     def _write_job(self, record: JobRecord) -> None:

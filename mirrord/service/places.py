@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mirrord.errors import RefusedError, UsageError
 from mirrord.service.shares import ShareConfig, find_share
 from mirrord.smb.location import parse_location
+from mirrord.storage.names import open_below
 
 if TYPE_CHECKING:  # the daemon, which opens no disk, does without
     from mirrord.storage.backend import Place
@@ -85,14 +86,24 @@ def check_location(location: str) -> str:
     return normal
 
 
-def same_location(one: str, other: str) -> bool:
-    """Tell whether two locations are one thing, by path and by what lies there now. Blocks."""
+def same_location(one: str, other: str, root: str | None = None) -> bool:
+    """Tell whether two locations are one thing, by path and by what lies there now. Blocks.
+
+    `one` is looked for as whoever opens it will: below `root`, if that is given, and no link leads
+    to what lies elsewhere.
+    """
     if one == other:
         return True
     if is_share(one) and is_share(other):
         return parse_location(one).same_place(parse_location(other))
     try:
-        return os.path.samefile(one, other)
+        if root is None:
+            return os.path.samefile(one, other)
+        inode = open_below(root, one, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            return os.path.samestat(os.fstat(inode), os.stat(other))
+        finally:
+            os.close(inode)
     except OSError:
         return False
 

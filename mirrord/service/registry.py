@@ -222,18 +222,22 @@ class Registry:
         return location
 
     def _refuse_served(self, wanted: DiskRecord) -> None:
-        """Refuse a location that is a disk of ours, or will be one: the same file twice."""
+        """Refuse a location that is a disk of ours, or will be one: the same file twice.
+
+        Whoever is bound to a root may not be one to know the other disk's name.
+        """
         for name, location in self._locations():
-            if name != wanted.name and same_location(wanted.location, location):
+            if name != wanted.name and same_location(wanted.location, location, wanted.root):
+                which = f"disk {name}" if wanted.root is None else "another disk"
                 raise RefusedError(
-                    "already-served", f"{wanted.location} is already served as disk {name}"
+                    "already-served", f"{wanted.location} is already served as {which}"
                 )
         for move in self._moves.unfinished_moves():
-            if same_location(wanted.location, move.record.target):
+            if same_location(wanted.location, move.record.target, wanted.root):
+                which = f"disk {move.record.disk}" if wanted.root is None else "another disk"
                 raise RefusedError(
                     "already-served",
-                    f"{wanted.location} is the target of the unfinished move of disk "
-                    f"{move.record.disk}",
+                    f"{wanted.location} is the target of the unfinished move of {which}",
                 )
 
     def _locations(self) -> list[tuple[str, str]]:

@@ -130,6 +130,27 @@ def test_a_link_out_of_the_root(served: Served) -> None:
         served.refused("leaves-root", "POST", "/v1/disks/web/move", wanted)
 
 
+def test_links_tell_nothing_of_other_disks(served: Served) -> None:
+    other = served.daemon.root / "db.raw"
+    link, hard = served.tree.root / "linked.raw", served.tree.root / "hard.raw"
+    link.symlink_to(other)
+    hard.hardlink_to(other)
+    folder = served.tree.root / "folder"
+    folder.symlink_to(other.parent)
+    try:
+        for location, code in (
+            (link, "not-a-disk"),
+            (folder / "db.raw", "leaves-root"),
+            (hard, "already-served"),
+        ):
+            wanted = {"name": "web2", "location": str(location)}
+            told = served.refused(code, "POST", "/v1/disks", wanted)
+            assert "disk db" not in told
+    finally:
+        for each in (link, hard, folder):
+            each.unlink()
+
+
 def test_the_command_line_of_another_user(served: Served) -> None:
     socket = ("--socket", served.daemon.socket)
     with acting_as(NEWS.pw_uid, [NEWS.pw_gid]):
