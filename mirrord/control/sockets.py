@@ -123,8 +123,10 @@ def listen(path: Path, access: Access) -> socket.socket:
     """
     check_socket_path(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o777)  # nobody connects before the mode is set
     try:
+        # Nobody connects before the mode is set: Linux gives the name that of the unbound socket.
+        # By the umask it can't be done: that also is the other threads', which make files.
+        os.fchmod(listener.fileno(), 0)
         remove_socket(path)
         listener.setblocking(False)
         listener.bind(os.fspath(path))
@@ -135,8 +137,6 @@ def listen(path: Path, access: Access) -> socket.socket:
     except BaseException:
         listener.close()
         raise
-    finally:
-        os.umask(mask)
     return listener
 
 

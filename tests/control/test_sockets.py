@@ -53,6 +53,27 @@ def test_listening_replaces_what_a_dead_process_left(tmp_path: Path) -> None:
     assert not is_answered(path)
 
 
+def test_nobody_gets_in_before_the_mode_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / "s", []
+    files = tmp_path / "others"
+
+    def chown(name: Path, uid: int, gid: int) -> None:
+        seen.append(stat.S_IMODE(name.stat().st_mode))
+        files.mkdir()  # as another thread may at any moment
+        seen.append(stat.S_IMODE(files.stat().st_mode))
+
+    monkeypatch.setattr(os, "chown", chown)
+    mask = os.umask(0o022)
+    try:
+        listen(path, Access(mode=0o660, group_id=0)).close()
+    finally:
+        os.umask(mask)
+    assert seen == [0, 0o755]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+
+
 def test_a_full_queue_is_an_answer(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as listener:
