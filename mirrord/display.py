@@ -73,7 +73,8 @@ def attached(disk: Disk) -> str:
 
 def detached(disk: Disk) -> str:
     """Say that a disk is served no more."""
-    return f"disk {disk.name} is no longer served; its bytes are at {disk.location}"
+    where = "" if disk.location is None else f"; its bytes are at {disk.location}"
+    return f"disk {disk.name} is no longer served{where}"
 
 
 def upgraded(shown: Sequence[Disk]) -> str:

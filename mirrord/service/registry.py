@@ -28,7 +28,7 @@ from mirrord.control.messages import (
     Uris,
 )
 from mirrord.control.snippets import nbd_uri, snippets
-from mirrord.control.sockets import check_socket_path
+from mirrord.control.sockets import check_socket_path, is_answered
 from mirrord.core.units import check_name
 from mirrord.errors import DamagedError, MirrordError, RefusedError
 from mirrord.service import metrics, share_test, state
@@ -303,6 +303,13 @@ class Registry:
                 + ("wait for it or cancel it first" if alive else "with --force it is given up"),
             )
         shown = await self._describe(name)
+        channel = self._directories.channel(name)
+        if process is None and await asyncio.to_thread(is_answered, channel):
+            raise RefusedError(
+                "still-served",
+                f"disk {name} is refused, but a process still serves it to its guests: see "
+                f"'mirrord show {name}' for what to mend, then restart the daemon",
+            )
         if process is not None and alive:
             try:
                 await process.call("detach", type(None), force=force)

@@ -147,6 +147,35 @@ def test_a_damaged_disk_record(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     assert (bad.read_bytes(), odd.read_bytes()) == before
 
 
+def test_a_disk_with_a_damaged_record_is_not_let_go_while_a_process_serves_it(
+    make_daemon: MakeDaemon, tmp_path: Path
+) -> None:
+    daemon = make_daemon()
+    daemon.expect_log("disk damaged")
+    daemon.start()
+    (tmp_path / "vm.raw").write_bytes(bytes(MIB))
+    daemon.attach("vm", tmp_path / "vm.raw")
+    record = daemon.state / "disks" / "vm" / "disk.json"
+    good = record.read_bytes()
+    daemon.kill()
+    record.write_text('{"x": 1}')
+    daemon.start()
+    for options in ((), ("--force",)):
+        told = daemon.run("detach", "vm", *options)
+        assert told.returncode == 4
+        assert "a process still serves it" in told.stderr
+    daemon.kill()
+    record.write_bytes(good)
+    daemon.start()
+    assert daemon.json("show", "vm")["state"] == "serving"
+    daemon.kill()
+    daemon.kill_disk("vm")
+    record.write_text('{"x": 1}')
+    daemon.start()
+    told = daemon.run("detach", "vm")
+    assert (told.returncode, told.stdout) == (0, "disk vm is no longer served\n")
+
+
 @pytest.mark.fault(22)
 @pytest.mark.parametrize("damage", ["job.json", "log"])
 def test_a_damaged_job(make_daemon: MakeDaemon, tmp_path: Path, damage: str) -> None:
