@@ -1,8 +1,8 @@
 """The target's halves of mirrored writes: begun together with the source's, ended on their own.
 
 A leg that a backend can begin by itself (`Backend.begin_write`) has no task, no timer and no
-future unless somebody waits for it: at queue depth 16 those cost more than all the rest of a
-mirrored write. One timer wakes whoever has waited too long, wherever the leg is by then.
+future unless somebody waits for it: at queue depth 16 those took two fifths of a mirrored write's
+time in this program. One timer wakes whoever has waited too long, wherever the leg is by then.
 """
 
 from __future__ import annotations

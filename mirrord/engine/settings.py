@@ -23,7 +23,8 @@ class EngineSettings:
     zero_bytes: int = 64 * KIB
     # Extents are asked for in steps, so that a huge sparse disk never blocks the loop for long.
     scan_bytes: int = 1024 * 1024 * MIB
-    # A hole of so many chunks is compared as one, at the price of some five chunks.
+    # A hole of so many chunks is compared as one; smaller ones are left to the walk, so that a
+    # fragmented disk isn't asked for each of them.
     hole_chunks_min: int = 16
     # The target is flushed in the background this often (or after so many bytes), so that the
     # intent map can be cleared and the flush at the gate has little to do.

@@ -4,7 +4,8 @@ Root and the daemon's own user may do everything; whoever is let in beside them 
 what a [[grant]] gives (`grants`). Every request of anybody goes through a `View`, made for its
 peer and its operation. What it doesn't have, a request can't reach: an operation without a grant
 is refused before its method is called, a disk without one before it is looked up, so that a
-refusal tells nothing about what there is.
+refusal tells nothing about which there are. Jobs are looked up first, as their disk decides: that
+an id is somebody's can be found out, but nothing else about it.
 """
 
 from __future__ import annotations

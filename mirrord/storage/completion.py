@@ -1,9 +1,9 @@
 """A future that whoever drives a coroutine by hand can go on from at once.
 
 An event loop lets a round pass between the end of a future and the next step of the task that
-waits for it, and a task costs more than what most requests have left to do. So a frontend that
-meets a `Completion` in a coroutine it has started by hand sets `then`, and takes the next step
-itself when it is called. In a task, a `Completion` is a future like any other.
+waits for it, and most requests have little left to do then. So a frontend that meets a
+`Completion` in a coroutine it has started by hand sets `then`, and takes the next step itself when
+it is called. In a task, a `Completion` is a future like any other.
 """
 
 from __future__ import annotations
