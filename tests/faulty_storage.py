@@ -8,6 +8,8 @@ no device mapper. Everything is undone by the context manager that made it.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -31,6 +33,7 @@ class FaultyStorage:
     backing: Path
     _control: Path
     _error_file: Path
+    _pid_file: Path
 
     def fail(self) -> None:
         """Let every request for data fail with EIO, until `heal`."""
@@ -39,6 +42,16 @@ class FaultyStorage:
     def hang(self) -> None:
         """Finish what is under way, then answer nothing more, until `heal`."""
         self._say(b"p", b"P")
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Answer nothing at all for that long: who only looks at the file waits too."""
+        server = int(self._pid_file.read_text())
+        os.kill(server, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(server, signal.SIGCONT)
 
     def heal(self) -> None:
         """Be well again; what hung goes on. Bad sectors stay."""
@@ -61,7 +74,10 @@ def faulty_file(
     require_root()  # without it, FUSE needs a program that isn't always there
     nbdkit, daemon = require_program("nbdkit"), require_program("qemu-storage-daemon")
     nbd = folder / "nbdkit.sock"
-    storage = FaultyStorage(folder / "faulty.raw", backing, folder / "pause.sock", folder / "fail")
+    pid_file = folder / "qsd.pid"
+    storage = FaultyStorage(
+        folder / "faulty.raw", backing, folder / "pause.sock", folder / "fail", pid_file
+    )
     storage.path.touch()
     rules = [{"iotype": "read", "sector": sector} for sector in bad_sectors]
     rules += [{"iotype": "flush"}] if flush_fails else []
@@ -76,7 +92,6 @@ def faulty_file(
                  "error=EIO", "error-rate=1", f"error-file={storage._error_file}"], nbd,
             )
         )  # fmt: skip
-        pid_file = folder / "qsd.pid"
         stack.enter_context(
             _running(
                 [daemon, "--pidfile", str(pid_file),

@@ -20,6 +20,7 @@ from mirrord.engine.settings import EngineSettings
 from mirrord.errors import MirrordError, RefusedError
 from mirrord.service import state
 from mirrord.service.config import Config
+from mirrord.service.looks import Looks
 from mirrord.service.mover import Mover
 from mirrord.service.moves import Moves
 from mirrord.service.state import Directories, DiskRecord, JobRecord
@@ -48,7 +49,7 @@ class OneProcess:
     def __init__(
         self, directories: Directories, group: asyncio.TaskGroup, settings: EngineSettings
     ) -> None:
-        self.moves = Moves(Config(), directories, group, lambda _: self)
+        self.moves = Moves(Config(), directories, group, lambda _: self, Looks())
         record = state.read_record(directories.disk(DISK) / "disk.json", DiskRecord)
         self._directories = directories
         self._location = record.location

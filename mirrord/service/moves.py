@@ -29,8 +29,8 @@ from mirrord.errors import DamagedError, MirrordError, RefusedError
 from mirrord.service import history, scheduler, state
 from mirrord.service.config import Config
 from mirrord.service.logs import Fields, fields
+from mirrord.service.looks import Looks
 from mirrord.service.notify import Notifier
-from mirrord.service.places import same_location
 from mirrord.service.state import Directories, JobRecord
 
 log = logging.getLogger(__name__)
@@ -83,11 +83,13 @@ class Moves:
         directories: Directories,
         group: asyncio.TaskGroup,
         process_of: Callable[[str], Process],
+        looks: Looks,
     ) -> None:
         self._config = config
         self._directories = directories
         self._group = group
         self._process_of = process_of
+        self._looks = looks
         self._moves: dict[str, Move] = {}
         self._damaged: dict[str, DamagedError] = {}
         self._news = asyncio.Event()
@@ -213,7 +215,7 @@ class Moves:
                 "check_move", JobRecord, record=msgspec.to_builtins(move.record)
             )
             move.job = move.record.as_job()
-            await asyncio.to_thread(self._refuse_taken, move)
+            await self._refuse_taken(move)
             await asyncio.to_thread(self._write_job, move.record)
             about = fields(job=job_id, disk=disk, phase="queued", target=move.record.target)
             log.info("move asked for %s", about)
@@ -263,15 +265,16 @@ class Moves:
                 f"{running.job.phase}); wait for it or cancel it",
             )
 
-    def _refuse_taken(self, asked: Move) -> None:
+    async def _refuse_taken(self, asked: Move) -> None:
         target, root = asked.record.target, asked.record.target_root
-        for move in self.unfinished_moves():
-            if move is not asked and same_location(target, move.record.target, root):
-                which = f"disk {move.record.disk}" if root is None else "another disk"
-                raise RefusedError(
-                    "target-in-use",
-                    f"{target} is the target of the unfinished move of {which}; choose another",
-                )
+        others = [move.record for move in self.unfinished_moves() if move is not asked]
+        same = await self._looks.first_same(target, [other.target for other in others], root)
+        if same is not None:
+            which = f"disk {others[same].disk}" if root is None else "another disk"
+            raise RefusedError(
+                "target-in-use",
+                f"{target} is the target of the unfinished move of {which}; choose another",
+            )
 
     def _write_job(self, record: JobRecord) -> None:
         directory = self._directories.job(record.id)

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mirrord.errors import RefusedError, UsageError
 from mirrord.service.shares import ShareConfig, find_share
@@ -37,6 +37,13 @@ PATIENCE_S = 1.0
 # A server may take so long to see that a client is gone whose process was killed.
 SHARE_PATIENCE_S = 10.0
 PATH_BYTES_MAX = 4095  # PATH_MAX without its terminating zero
+
+
+class Found(NamedTuple):
+    """What lies at a path: equal for two paths of one thing."""
+
+    device: int  # that a file is on, or that a block device is
+    inode: int  # 0 for a block device
 
 
 def absolute(location: str) -> str:
@@ -86,26 +93,40 @@ def check_location(location: str) -> str:
     return normal
 
 
-def same_location(one: str, other: str, root: str | None = None) -> bool:
-    """Tell whether two locations are one thing, by path and by what lies there now. Blocks.
+def same_location(one: str, other: str) -> bool:
+    """Tell whether two locations are one thing, by path and by what lies there now. Blocks."""
+    return same_name(one, other) or find(one) == find(other) is not None
 
-    `one` is looked for as whoever opens it will: below `root`, if that is given, and no link leads
-    to what lies elsewhere.
-    """
-    if one == other:
-        return True
+
+def same_name(one: str, other: str) -> bool:
+    """Tell whether two locations are one thing by their texts alone."""
     if is_share(one) and is_share(other):
         return parse_location(one).same_place(parse_location(other))
+    return one == other
+
+
+def find(location: str, root: str | None = None) -> Found | None:
+    """Return what lies at a path now, None for nothing and for a share. Blocks while storage does.
+
+    It is looked for as whoever opens it will: below `root`, if that is given, and no link leads
+    to what lies elsewhere. Two device nodes of one block device are one thing.
+    """
+    if is_share(location):
+        return None
     try:
         if root is None:
-            return os.path.samefile(one, other)
-        inode = open_below(root, one, os.O_PATH | os.O_NOFOLLOW)
-        try:
-            return os.path.samestat(os.fstat(inode), os.stat(other))
-        finally:
-            os.close(inode)
+            status = os.stat(location)
+        else:
+            inode = open_below(root, location, os.O_PATH | os.O_NOFOLLOW)
+            try:
+                status = os.fstat(inode)
+            finally:
+                os.close(inode)
     except OSError:
-        return False
+        return None
+    if stat.S_ISBLK(status.st_mode):
+        return Found(status.st_rdev, 0)
+    return Found(status.st_dev, status.st_ino)
 
 
 def is_share(location: str) -> bool:

@@ -35,8 +35,9 @@ from mirrord.service import metrics, share_test, state
 from mirrord.service.config import Config
 from mirrord.service.grants import root_of
 from mirrord.service.logs import fields
+from mirrord.service.looks import Looks
 from mirrord.service.moves import Moves
-from mirrord.service.places import check_location, same_location
+from mirrord.service.places import check_location
 from mirrord.service.state import Directories, DiskRecord
 from mirrord.service.supervisor import DiskProcess
 from mirrord.service.systemd import granted
@@ -71,7 +72,8 @@ class Registry:
         self._directories = directories
         self._group = group
         self._disks: dict[str, _Attached] = {}
-        self._moves = Moves(config, directories, group, self._process_of)
+        self._looks = Looks()
+        self._moves = Moves(config, directories, group, self._process_of, self._looks)
 
     # Starting.
 
@@ -201,7 +203,7 @@ class Registry:
         record = DiskRecord(name, location, request.cache, request.read_only, root=root)
         attached = self._disks[name] = _Attached(record, None, "it is being attached")
         try:
-            await asyncio.to_thread(self._refuse_served, record)
+            await self._refuse_served(record)
             await asyncio.to_thread(self._prepare_attach, record)
             attached = self._keep(name, record)
             with granted():
@@ -221,24 +223,25 @@ class Registry:
             )
         return location
 
-    def _refuse_served(self, wanted: DiskRecord) -> None:
+    async def _refuse_served(self, wanted: DiskRecord) -> None:
         """Refuse a location that is a disk of ours, or will be one: the same file twice.
 
         Whoever is bound to a root may not be one to know the other disk's name.
         """
+        known = []
         for name, location in self._locations():
-            if name != wanted.name and same_location(wanted.location, location, wanted.root):
-                which = f"disk {name}" if wanted.root is None else "another disk"
-                raise RefusedError(
-                    "already-served", f"{wanted.location} is already served as {which}"
-                )
+            if name != wanted.name:
+                known.append((location, "is already served as", name))
         for move in self._moves.unfinished_moves():
-            if same_location(wanted.location, move.record.target, wanted.root):
-                which = f"disk {move.record.disk}" if wanted.root is None else "another disk"
-                raise RefusedError(
-                    "already-served",
-                    f"{wanted.location} is the target of the unfinished move of {which}",
-                )
+            record = move.record
+            known.append((record.target, "is the target of the unfinished move of", record.disk))
+        same = await self._looks.first_same(
+            wanted.location, [location for location, _, _ in known], wanted.root
+        )
+        if same is not None:
+            _, what, name = known[same]
+            which = f"disk {name}" if wanted.root is None else "another disk"
+            raise RefusedError("already-served", f"{wanted.location} {what} {which}")
 
     def _locations(self) -> list[tuple[str, str]]:
         found = []

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from mirrord.core.geometry import MIB
+from mirrord.service.looks import LOOK_DEADLINE_S
 from tests.daemon import Daemon
 from tests.faulty_storage import SECTOR_BYTES, faulty_device, faulty_file, small_file_system
 from tests.helpers import eventually, require_program
@@ -26,6 +27,7 @@ SIZE = 16 * MIB
 SLOW = "4MiB"  # a move that is still copying when the test looks
 BUDGET_S = 2.0  # what trouble with the target may cost one request, by the README
 NOTICED_S = 1.0  # beside it: a loaded machine's own
+OTHERS = 8  # disks beside a stuck one: more than an executor of this machine has threads
 
 
 @pytest.fixture
@@ -245,6 +247,32 @@ def test_fault_14_a_target_that_hangs_costs_a_request_two_seconds_once(
                 daemon.wait("vm")
         daemon.json("detach", "vm")
     guest.check((disk if end == "cancel" else backing).read_bytes())
+
+
+def test_storage_that_does_not_answer_holds_up_nobody_else(
+    daemon: Daemon, disk: Path, tmp_path: Path
+) -> None:
+    """Even the name of the stuck disk's file can't be looked at: others are attached and moved."""
+    forgotten_pause_s = 1.2  # so long the kernel tells of the file without asking
+    backing = tmp_path / "backing.raw"
+    with backing.open("wb") as file:
+        file.truncate(SIZE)
+    with faulty_file(tmp_path, backing) as storage:
+        daemon.expect_log("location hangs")
+        daemon.attach("stuck", storage.path)
+        daemon.attach("vm", disk)
+        time.sleep(forgotten_pause_s)
+        with storage.away():
+            began = time.monotonic()
+            for number in range(OTHERS):
+                other = tmp_path / f"other-{number}.raw"
+                other.write_bytes(bytes(MIB))
+                daemon.attach(f"other-{number}", other)
+            daemon.move("vm", tmp_path / "moved.raw")
+            daemon.wait("vm")
+            took_s = time.monotonic() - began
+        assert took_s < LOOK_DEADLINE_S + OTHERS
+        daemon.json("detach", "stuck")
 
 
 @pytest.mark.fault(21)

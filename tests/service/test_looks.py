@@ -1,90 +1,129 @@
-"""Those who follow moves share one look at the disk processes."""
+"""Looks at locations: what is one thing, and storage that hangs while it is looked at."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import os
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from mirrord.control.messages import DiskStatus
-from mirrord.service import state
-from mirrord.service.config import Config
-from mirrord.service.moves import Moves
-from mirrord.service.state import Directories, JobRecord
+from mirrord.service import looks
+from mirrord.service.looks import Looks
+from mirrord.service.places import Found, find, same_location
+from tests.helpers import eventually, require_root
 
-RECORD = JobRecord(id="1", disk="vm", source="/a", target="/b", created="2026-01-01T00:00:00+00:00")
-LISTENERS = 20
-LONG_S = 60.0
+STUCK = "/stuck/vm.raw"
+SHORT_S = 0.2
 
 
-class CountingProcess:
-    """A disk's process with a move that goes on; counts how often it is asked."""
+class StuckStorage:
+    """What `STUCK`, another name of a disk, lies on: it answers nothing until `let_go`."""
 
-    serving = True
+    def __init__(self, disk: str) -> None:
+        self._disk = disk
+        self.asked = 0
+        self.let_go = threading.Event()
 
-    def __init__(self) -> None:
-        self.looks = 0
-        self.status = DiskStatus(
-            name="vm", location="/a", size=1, read_only=False, cache="writeback", clients=0,
-            job=msgspec.structs.replace(RECORD.as_job(), phase="copying"),
-        )  # fmt: skip
-
-    async def refresh(self) -> DiskStatus:
-        self.looks += 1
-        job = msgspec.structs.replace(self.status.job, bytes_copied=self.looks)
-        return msgspec.structs.replace(self.status, job=job)
+    def find(self, location: str, root: str | None = None) -> Found | None:
+        if location == STUCK:
+            self.asked += 1
+            self.let_go.wait()
+            return find(self._disk)
+        return find(location, root)
 
 
 @pytest.fixture
-def process() -> CountingProcess:
-    """The process of disk vm."""
-    return CountingProcess()
+def stuck(
+    monkeypatch: pytest.MonkeyPatch, disk: str, expect_log: Callable[..., None]
+) -> Iterator[StuckStorage]:
+    expect_log("location hangs")
+    storage = StuckStorage(disk)
+    monkeypatch.setattr(looks, "find", storage.find)
+    monkeypatch.setattr(looks, "LOOK_DEADLINE_S", SHORT_S)
+    yield storage
+    storage.let_go.set()
 
 
 @pytest.fixture
-async def moves(tmp_path: Path, process: CountingProcess) -> AsyncIterator[Moves]:
-    """One move, which runs."""
-    directories = Directories(tmp_path, tmp_path)
-    (tmp_path / "jobs" / "1").mkdir(parents=True)
-    state.write_record(directories.job("1") / "job.json", RECORD)
-    async with asyncio.TaskGroup() as group:
-        one = Moves(Config(), directories, group, lambda name: process)  # type: ignore[arg-type]
-        await one.load()
-        one.disk_ready(process.status)
-        yield one
+def disk(tmp_path: Path) -> str:
+    path = tmp_path / "vm.raw"
+    path.touch()
+    return str(path)
 
 
-async def test_all_who_wait_share_a_look(moves: Moves, process: CountingProcess) -> None:
-    for round_ in (1, 2):
-        waiting = (moves.changed(None, 0.01) for _ in range(LISTENERS))
-        found = await asyncio.gather(*waiting)
-        assert process.looks == round_
-        assert {jobs[0].bytes_copied for jobs in found} == {round_}
+async def test_the_first_that_is_the_same_is_told(tmp_path: Path, disk: str) -> None:
+    link, hard, other = (str(tmp_path / name) for name in ("link", "hard", "other"))
+    os.symlink(disk, link)
+    os.link(disk, hard)
+    os.mknod(other)
+    seen = Looks()
+    assert await seen.first_same(disk, []) is None
+    assert await seen.first_same(disk, [other, "/missing", "smb://server/share/vm.raw"]) is None
+    assert await seen.first_same(disk, [other, hard, link]) == 1
+    assert await seen.first_same(disk, [hard, link, disk]) == 2, "a name needs no look"
+    assert await seen.first_same("/missing", [other, "/missing"]) == 1
+    assert await seen.first_same("/missing", [other, "/absent"]) is None
 
 
-async def test_who_gives_up_takes_nothing_from_the_others(
-    moves: Moves, process: CountingProcess
+async def test_shares_are_compared_by_name(disk: str) -> None:
+    at, others = "smb://server/share/vm.raw", [disk, "smb://SERVER/Share/vm.raw"]
+    assert await Looks().first_same(at, others) == 1
+    assert await Looks().first_same(at, [disk, "smb://server/share/other.raw"]) is None
+
+
+async def test_below_a_root_no_link_is_followed(tmp_path: Path, disk: str) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    os.symlink(disk, root / "link")
+    os.link(disk, root / "hard")
+    seen = Looks()
+    assert await seen.first_same(str(root / "link"), [disk], str(root)) is None
+    assert await seen.first_same(str(root / "hard"), [disk], str(root)) == 0
+
+
+def test_two_nodes_of_a_block_device_are_one_thing(tmp_path: Path) -> None:
+    require_root()
+    one, other, third = (str(tmp_path / name) for name in ("one", "other", "third"))
+    for path, minor in (one, 11), (other, 11), (third, 12):
+        os.mknod(path, 0o60600, os.makedev(7, minor))
+    assert same_location(one, other)
+    assert not same_location(one, third)
+    assert find(one) == (os.makedev(7, 11), 0)
+
+
+async def test_what_hangs_is_waited_for_once_and_counts_as_another(
+    stuck: StuckStorage, disk: str, tmp_path: Path
 ) -> None:
-    first = asyncio.create_task(moves.changed(None, 0.05))
-    second = asyncio.create_task(moves.changed("vm", 0.05))
-    await asyncio.sleep(0)
-    first.cancel()
-    assert [job.bytes_copied for job in await second] == [1]
-    assert await moves.changed("other", 0.01) == []
+    hard = str(tmp_path / "hard")
+    os.link(disk, hard)
+    seen = Looks()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    found = await asyncio.gather(*(seen.first_same(disk, [STUCK, hard]) for _ in range(3)))
+    assert found == [1, 1, 1]
+    assert SHORT_S <= loop.time() - began < 10 * SHORT_S
+    for _ in range(100):
+        assert await seen.first_same(STUCK, [disk, hard]) is None
+    assert loop.time() - began < 20 * SHORT_S
+    assert stuck.asked == 1
 
 
-async def test_a_new_phase_wakes_them(moves: Moves, process: CountingProcess) -> None:
-    waiting = [asyncio.create_task(moves.changed(None, LONG_S)) for _ in range(LISTENERS)]
-    await asyncio.sleep(0)  # they have begun to wait
-    await asyncio.sleep(0)
-    process.status = msgspec.structs.replace(
-        process.status, job=msgspec.structs.replace(process.status.job, phase="mirroring")
-    )
-    moves.disk_ready(process.status)
-    async with asyncio.timeout(5):
-        found = await asyncio.gather(*waiting)
-    assert {jobs[0].phase for jobs in found} == {"mirroring"}
-    assert process.looks == 1
+async def test_what_answers_again_is_looked_at_again(stuck: StuckStorage, disk: str) -> None:
+    seen = Looks()
+    assert await seen.first_same(STUCK, [disk]) is None
+    stuck.let_go.set()
+    async with asyncio.timeout(10):
+        while await seen.first_same(STUCK, [disk]) is None:
+            assert stuck.asked == 1
+    assert stuck.asked == 2
+
+
+def test_a_look_may_outlive_the_loop(stuck: StuckStorage, disk: str) -> None:
+    before = threading.active_count()
+    asyncio.run(Looks().first_same(STUCK, [disk]), debug=True)
+    assert threading.active_count() == before + 1
+    stuck.let_go.set()
+    eventually(lambda: threading.active_count() == before, what="its thread ends")
