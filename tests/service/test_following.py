@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -52,7 +53,8 @@ async def moves(tmp_path: Path, process: CountingProcess) -> AsyncIterator[Moves
     (tmp_path / "jobs" / "1").mkdir(parents=True)
     state.write_record(directories.job("1") / "job.json", RECORD)
     async with asyncio.TaskGroup() as group:
-        one = Moves(Config(), directories, group, lambda _: process, Looks())  # type: ignore[arg-type]
+        known: Any = process
+        one = Moves(Config(), directories, group, lambda _: known, Looks())
         await one.load()
         one.disk_ready(process.status)
         yield one
