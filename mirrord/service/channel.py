@@ -85,7 +85,9 @@ class Channel:
 
     def _receive(self, reply: Reply) -> None:
         if reply.id is None:
-            self._on_news(msgspec.json.decode(reply.ok, type=Job))
+            # A turn later, as whoever waits for an answer: all is heard in the order it was said.
+            job = msgspec.json.decode(reply.ok, type=Job)
+            asyncio.get_running_loop().call_soon(self._on_news, job)
             return
         future = self._waiting.pop(reply.id, None)
         if future is None or future.done():

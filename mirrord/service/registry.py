@@ -164,7 +164,9 @@ class Registry:
     async def _describe(self, name: str) -> Disk:
         attached = self._disks[name]
         process = attached.process
-        status = None if process is None else await process.refresh()
+        if process is not None:
+            await process.refresh()
+        status = None if process is None else process.status
         serving = process is not None and process.state == "serving"
         record = attached.record
         socket = self._directories.nbd_socket(name)
@@ -330,8 +332,8 @@ class Registry:
     async def upgrade(self, name: str, *, force: bool) -> Disk:
         """Have a disk served by a process of this version. Raises RefusedError."""
         process = self._process_of(name)
-        status = await process.refresh()
-        if force or status is None or process.outdated:
+        await process.refresh()
+        if force or process.status is None or process.outdated:
             await process.renew()
             log.info("upgraded %s", fields(disk=name, version=mirrord.__version__))
         return await self._describe(name)

@@ -148,16 +148,21 @@ class DiskProcess:
         return self._channel
 
     async def refresh(self) -> DiskStatus | None:
-        """Return what the process says about itself now, else what it said last."""
+        """Return what the process says about itself now; None: it says nothing.
+
+        What it said last is `status`.
+        """
         channel = self._channel
-        if channel is not None:
-            try:
-                self.status = await channel.call("status", DiskStatus, deadline_s=STATUS_DEADLINE_S)
-                self.reason = None
-            except TimeoutError:
-                self.reason = f"its process has not answered for {STATUS_DEADLINE_S:.0f} s"
-            except ChannelClosedError:
-                pass  # it died this instant: `keep` says so
+        if channel is None:
+            return None
+        try:
+            self.status = await channel.call("status", DiskStatus, deadline_s=STATUS_DEADLINE_S)
+        except TimeoutError:
+            self.reason = f"its process has not answered for {STATUS_DEADLINE_S:.0f} s"
+            return None
+        except ChannelClosedError:
+            return None  # it died this instant: `keep` says so
+        self.reason = None
         return self.status
 
     def end_now(self) -> None:
