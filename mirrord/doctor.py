@@ -20,8 +20,9 @@ from mirrord.errors import MirrordError, NoDaemonError, RefusedError, UsageError
 from mirrord.service import checks, host_checks, record_checks, storage_checks
 from mirrord.service.checks import Check
 from mirrord.service.config import Config, default_runtime_dir, default_state_dir
+from mirrord.service.logs import printable
 from mirrord.service.mounts import MOUNTINFO, ShareMount, advise, read_mounts
-from mirrord.service.places import is_share
+from mirrord.service.places import check_location, is_share
 from mirrord.service.state import Directories
 
 EXIT_PROBLEM = 1
@@ -96,7 +97,7 @@ def _folder(place: str) -> Path:
     """Return the folder that a place is, or that it lies in."""
     if is_share(place):
         raise UsageError(f"{place} lies on a share: 'mirrord credential test {place}' looks at it")
-    path = Path(place).absolute()
+    path = Path(check_location(str(Path(place).absolute())))
     return path.parent if path.exists() and not path.is_dir() else path
 
 
@@ -135,7 +136,7 @@ def describe(found: Diagnosis, columns: int | None = None) -> str:
     for check in found.checks:
         text = f"{check.level:<7}  {check.name:<{NAME_COLUMNS}}  {check.text}"
         text += f" — {check.advice}" if check.advice else ""
-        lines.append(display.wrapped(text, CONTINUED, columns))
+        lines.append(display.wrapped(printable(text), CONTINUED, columns))
     for mount in found.mounts:
         text = f"{mount.level:<7}  mount {mount.mount} of {mount.source} — {mount.advice}"
         lines += ["", display.wrapped(text, CONTINUED, columns)]

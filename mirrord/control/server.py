@@ -156,7 +156,12 @@ class ControlServer:
         if request.transport is None:
             raise UsageError(_GONE)
         asking = peer(request.transport.get_extra_info("socket"))
-        return await handler(self._gate.view(asking, operation.name), request)
+        api = self._gate.view(asking, operation.name)
+        unknown = set(request.query) - set(operation.query)
+        if unknown:
+            takes = f"; it takes {', '.join(operation.query)}" if operation.query else ""
+            raise UsageError(f"{operation.path} takes no {min(unknown)!r}{takes}")
+        return await handler(api, request)
 
     async def start(self, group: asyncio.TaskGroup) -> None:
         """Begin to accept; the accepting task belongs to `group`."""

@@ -232,7 +232,7 @@ async def _live(options: argparse.Namespace) -> int:
             # Our own handle, of a process whose end the server has not noticed yet, perhaps.
             _report(options.report_fd, Report(unreachable=problem))
             return UNREACHABLE_EXIT_CODE
-        log.error("refused %s", fields(disk=options.name, reason=problem.message))
+        log.info("refused %s", fields(disk=options.name, reason=problem.message))
         _report(options.report_fd, Report(problem))
         return REFUSED_EXIT_CODE
     gc.freeze()  # what is there now stays: no collection looks at it again while guests wait

@@ -115,7 +115,8 @@ class View(Api):
         return [job for job in found if self._covers(job.disk)]
 
     async def job(self, job_id: str) -> Job:
-        job = await self._registry.job(job_id)
+        covers = None if self._rights is None else self._covers
+        job = await self._registry.job(job_id, covers)
         if not self._covers(job.disk):
             raise self.refusal(job=job_id)
         return job

@@ -129,5 +129,9 @@ def _quoted(text: str) -> str:
     if text and text.isprintable() and not any(c.isspace() or c in '"=' for c in text):
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    printable = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
-    return f'"{"".join(printable)}"'
+    return f'"{printable(escaped)}"'
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, with escapes for what can't be printed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -46,6 +46,9 @@ VERBS = {
 }
 
 
+Covers = Callable[[str], bool]  # whether somebody may see a disk, by its name
+
+
 class Process(Protocol):
     """What a move needs of a disk's process."""
 
@@ -140,26 +143,36 @@ class Moves:
         chosen.sort(key=lambda move: move.record.created, reverse=True)
         return [self._shown(move) for move in chosen]
 
-    async def job(self, job_id: str) -> Job:
-        """Return one job, by its id or an unambiguous beginning of it."""
-        move = self._move(job_id)
+    async def job(self, job_id: str, covers: Covers | None = None) -> Job:
+        """Return one job, by its id or a beginning of it.
+
+        For who may see some disks alone, it is a beginning among the jobs of those. Raises
+        RefusedError (`unknown-job`, `ambiguous-job`), DamagedError.
+        """
+        move = self._move(job_id, covers)
         await self._refresh(move)
         return self._shown(move)
 
-    def _move(self, job_id: str) -> Move:
+    def _move(self, job_id: str, covers: Covers | None = None) -> Move:
         exact = self._moves.get(job_id)
         if exact is not None:
             return exact
-        matching = [move for known, move in self._moves.items() if known.startswith(job_id)]
-        if len(matching) == 1:
-            return matching[0]
+        matching: list[Move | DamagedError] = [
+            move
+            for known, move in self._moves.items()
+            if known.startswith(job_id) and (covers is None or covers(move.record.disk))
+        ]
+        if covers is None:  # whose a damaged one is, nobody knows
+            matching += [why for known, why in self._damaged.items() if known.startswith(job_id)]
+        if not matching:
+            raise RefusedError("unknown-job", f"there is no job {job_id}; see 'mirrord jobs'")
         if len(matching) > 1:
             raise RefusedError(
                 "ambiguous-job", f"{len(matching)} jobs begin with {job_id}; give more of the id"
             )
-        if job_id in self._damaged:
-            raise self._damaged[job_id]
-        raise RefusedError("unknown-job", f"there is no job {job_id}; see 'mirrord jobs'")
+        if isinstance(matching[0], DamagedError):
+            raise matching[0]
+        return matching[0]
 
     def _shown(self, move: Move) -> Job:
         if move.standing != "queued" or move.starting:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from mirrord.service.state import Directories, DiskRecord, JobRecord
 from mirrord.service.storage_checks import available_bytes, is_elsewhere, sizes
 
 _LEFT = re.compile(r"\..*\.mirrord-([0-9a-f-]{36})\.(part|retired)")
+LEFTOVERS_SHOWN = 20  # each with what to do; of more, their number is told
+_MORE = "remove those that are shown, then ask again"
 _KINDS = {"part": "an unfinished target", "retired": "a former source"}
 
 
@@ -154,11 +157,15 @@ def check_leftovers(
     known = recall(directories)
     if known.unreadable:
         return []
-    return [
-        _leftover(path, job_id, kind, known.ended)
-        for path, job_id, kind in left
-        if job_id not in known.unfinished
-    ] or [Check("leftovers", "ok", "no move has left a file behind")]
+    left = [each for each in left if each[1] not in known.unfinished]
+    if not left:
+        return [Check("leftovers", "ok", "no move has left a file behind")]
+    shown = [_leftover(*each, known.ended) for each in left[:LEFTOVERS_SHOWN]]
+    more = Counter(path.parent for path, _, _ in left[LEFTOVERS_SHOWN:])
+    return shown + [
+        Check("leftovers", "advice", f"{number} more of these are in {folder}", _MORE)
+        for folder, number in more.items()
+    ]
 
 
 def _leftover(path: Path, job_id: str, kind: str, ended: Mapping[str, Job]) -> Check:

@@ -36,7 +36,7 @@ from mirrord.service.config import Config
 from mirrord.service.grants import root_of
 from mirrord.service.logs import fields
 from mirrord.service.looks import Looks
-from mirrord.service.moves import Moves
+from mirrord.service.moves import Covers, Moves
 from mirrord.service.places import check_location
 from mirrord.service.state import Directories, DiskRecord
 from mirrord.service.supervisor import DiskProcess
@@ -394,9 +394,9 @@ class Registry:
             self._attached(disk)
         return found
 
-    async def job(self, job_id: str) -> Job:
-        """Return one job. Raises RefusedError (`unknown-job`)."""
-        return await self._moves.job(job_id)
+    async def job(self, job_id: str, covers: Covers | None = None) -> Job:
+        """Return one job, as `Moves.job` does."""
+        return await self._moves.job(job_id, covers)
 
     async def steer(self, job_id: str, verb: str) -> Job:
         """Pause, resume, cancel or cut over. Raises RefusedError (`wrong-phase`)."""

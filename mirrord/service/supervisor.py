@@ -113,6 +113,11 @@ class DiskProcess:
         """
         return self.status is not None and self.status.version != mirrord.__version__
 
+    @property
+    def _attached(self) -> bool:
+        """Whether there is such a disk; else it is being attached, or was detached."""
+        return (self._directories.disk(self.name) / "disk.json").exists()
+
     async def call(self, verb: str, answer: type[Answer], **params: Any) -> Answer:
         """Ask the process, waiting a while for one that is being started.
 
@@ -214,8 +219,7 @@ class DiskProcess:
                     refusal, self.reason = None, f"its process can't be started: {error}"
                 if refusal is not None:
                     return self._refuse(refusal)
-                attached = (self._directories.disk(self.name) / "disk.json").exists()
-                if self._ending or not attached:
+                if self._ending or not self._attached:
                     return self._end("detached", None)
                 if self._renewal is not None and not self._renewal.ended:
                     self._renewal.ended = True
@@ -263,8 +267,7 @@ class DiskProcess:
     def _not_now(self, problem: Problem) -> Problem | None:
         """Its storage is away. A disk waits for it; what was just asked for is refused."""
         self.reason = problem.message
-        attached = (self._directories.disk(self.name) / "disk.json").exists()
-        return None if attached else problem
+        return None if self._attached else problem
 
     def _start(self, lock: int) -> tuple[subprocess.Popen[bytes], int]:
         """Start a process that holds the lock and listens; return it and its report's pipe."""
@@ -378,7 +381,8 @@ class DiskProcess:
 
     def _refuse(self, problem: Problem) -> None:
         self.problem = problem
-        log.error("disk refused %s", fields(disk=self.name, reason=problem.message))
+        level = logging.ERROR if self._attached else logging.INFO  # whoever attaches is told
+        log.log(level, "disk refused %s", fields(disk=self.name, reason=problem.message))
         self._end("refused", problem.message)
 
     def _end(self, state: DiskState, reason: str | None) -> None:

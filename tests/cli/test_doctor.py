@@ -287,6 +287,17 @@ def test_nothing_is_changed(look: Look, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["mirrord.toml", "mountinfo"]
 
 
+def test_a_place_with_a_line_end_is_no_place() -> None:
+    code, out, error = run("doctor", "/tmp/a\nok  all is well")
+    assert (code, out) == (2, "")
+    assert error.count("\n") == 1
+
+
+def test_no_name_breaks_a_line() -> None:
+    check = Check("leftovers", "advice", "/a/\x1b[2J\nok", "rm it")
+    assert describe(Diagnosis([check], [])).endswith("/a/\\x1b[2J\\nok — rm it")
+
+
 def test_a_place_on_a_share_is_looked_at_by_another_command() -> None:
     code, out, error = run("doctor", "smb://vault/vms/")
     assert (code, out) == (2, "")

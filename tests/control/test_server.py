@@ -78,6 +78,24 @@ async def test_an_unknown_key_is_named(served: Served) -> None:
     assert "colour" in problem["message"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "takes"),
+    [
+        ("GET", "/v1/disks?force=true", ""),
+        ("DELETE", "/v1/disks/vm?force=true&colour=red", "; it takes force"),
+        ("GET", "/v1/jobs?disk=vm&color=", "; it takes disk"),
+        ("GET", "/v1/events?colour", "; it takes disk"),
+        ("GET", "/metrics?x=1", ""),
+    ],
+)
+async def test_an_unknown_query(served: Served, method: str, path: str, takes: str) -> None:
+    status, problem = await served.ask(method, path)
+    assert (status, problem["code"]) == (400, "usage")
+    assert problem["message"].endswith(f"'{takes}")
+    assert "takes no" in problem["message"]
+    assert not served.api.asked
+
+
 async def test_a_body_that_is_too_large(served: Served) -> None:
     body = b'{"target": "%s"}' % (b"x" * BODY_BYTES_MAX)
     status, problem = await served.ask("POST", "/v1/disks/vm/move", body)

@@ -15,7 +15,12 @@ from mirrord.core.journal import Kind
 from mirrord.service import record_checks, state
 from mirrord.service.checks import Check
 from mirrord.service.mounts import Mount
-from mirrord.service.record_checks import check_leftovers, check_records, recall
+from mirrord.service.record_checks import (
+    LEFTOVERS_SHOWN,
+    check_leftovers,
+    check_records,
+    recall,
+)
 from mirrord.service.state import Directories, DiskRecord, JobRecord
 from mirrord.storage.names import part_name, retired_name
 
@@ -138,6 +143,20 @@ def test_room_for_the_largest_disk(
     assert (room.level, room.advice) == ("problem", "no move can begin there: free some")
     os.truncate(tmp_path / "a/vm.raw", 64 * KIB)
     assert check_records(directories, recall(directories))[-1].level == "ok"
+
+
+def test_many_leftovers_are_counted(directories: Directories, tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        for number in range(LEFTOVERS_SHOWN):
+            (folder / part_name(f"{number}.raw", UNKNOWN)).touch()
+    (a / part_name("one more.raw", UNKNOWN)).touch()
+    checks = check_leftovers(directories, [a, b], HERE)
+    assert len(checks) == LEFTOVERS_SHOWN + 2
+    assert {check.level for check in checks} == {"advice"}
+    assert [check.text for check in checks[-2:]] == [
+        f"1 more of these are in {a}", f"{LEFTOVERS_SHOWN} more of these are in {b}",
+    ]  # fmt: skip
 
 
 def test_what_moves_left(directories: Directories, tmp_path: Path) -> None:

@@ -176,6 +176,16 @@ def test_a_disk_with_a_damaged_record_is_not_let_go_while_a_process_serves_it(
     assert (told.returncode, told.stdout) == (0, "disk vm is no longer served\n")
 
 
+def test_an_attach_that_is_refused_is_no_error_of_the_service(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """Whoever asked is told; nothing is announced here, so nothing above INFO may be logged."""
+    refused = daemon.run("attach", "vm", tmp_path / "missing.raw")
+    assert refused.returncode == 4
+    assert refused.stderr.count("missing.raw") == 1
+    assert daemon.log().count("disk refused") == 1
+
+
 @pytest.mark.fault(22)
 @pytest.mark.parametrize("damage", ["job.json", "log"])
 def test_a_damaged_job(make_daemon: MakeDaemon, tmp_path: Path, damage: str) -> None:
@@ -198,7 +208,7 @@ def test_a_damaged_job(make_daemon: MakeDaemon, tmp_path: Path, damage: str) -> 
     found = {each["name"]: each for each in daemon.json("ls")}
     assert found["vm"]["state"] == "refused"
     assert str(path) in found["vm"]["reason"]
-    assert str(path) in daemon.run("job", job_id).stderr
+    assert str(path) in daemon.run("job", job_id[:8]).stderr
     assert found["other"]["state"] == "serving"
 
 
