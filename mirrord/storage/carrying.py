@@ -18,7 +18,7 @@ from xxhash import xxh3_64
 from mirrord.core.geometry import KIB, Extent, Run, Status, runs_of, split
 from mirrord.storage import durable
 from mirrord.storage.backend import Hasher, Watch
-from mirrord.storage.holes import find_extents
+from mirrord.storage.holes import HoleFinder
 from mirrord.storage.page_cache import BUFFER_BYTES, Wake, thread_buffer
 
 # Runs of zeroes are found in units of the usual largest block of file systems.
@@ -49,7 +49,7 @@ class Side:
     lock: threading.Lock
     zeroing: int = 0  # how fallocate(2) makes zeroes of the target; 0: they are written
     unit: int = 1  # ... at multiples of this
-    has_holes: bool = False  # the source may have some, and tells
+    holes: HoleFinder | None = None  # of a file that may have some, and tells
 
 
 def carry(
@@ -103,9 +103,9 @@ def digests(descriptor: int, runs: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _extents(source: Side, offset: int, end: int) -> list[Extent]:
-    if not source.has_holes:
+    if source.holes is None:
         return [Extent(offset, end - offset, Status.DATA)]
-    return find_extents(source.descriptor, offset, end)
+    return source.holes.find(offset, end)
 
 
 def _carry_hole(
@@ -143,6 +143,8 @@ def _put(target: Side, offset: int, view: memoryview, runs: list[Run]) -> None:
         at = offset + start
         if is_zero and target.zeroing and (at | length) % target.unit == 0:
             durable.fallocate(target.descriptor, FALLOC_KEEP_SIZE | target.zeroing, at, length)
+            if target.holes is not None:
+                target.holes.known.forget(at, length)
         else:
             _whole(os.pwritev, target, at, view[start : start + length])
 

@@ -21,7 +21,7 @@ from mirrord.storage.backend import Backend, Cache, Capabilities, Identity
 from mirrord.storage.carrying import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, Side
 from mirrord.storage.descriptor import DescriptorBackend
 from mirrord.storage.fileio import FileIo
-from mirrord.storage.holes import find_extents
+from mirrord.storage.holes import HoleFinder
 from mirrord.storage.memory_pool import PAGE_BYTES
 
 # What the kernel may want O_DIRECT to be aligned to, smallest first.
@@ -125,15 +125,21 @@ class FileBackend(DescriptorBackend):
             name=name,
             read_only=read_only,
         )
+        self._holes = HoleFinder(descriptor)
         self._has_server = durable.file_system_of(descriptor) in COPYING_SERVERS
         self._no_clone_from: set[int] = set()  # devices whose files can't be cloned to here
 
     def _side(self) -> Side:
-        return replace(super()._side(), has_holes=True)
+        return replace(super()._side(), holes=self._holes)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         end = offset + length
-        return await self._own(self._io.call(find_extents, self._descriptor, offset, end))
+        return await self._own(self._io.call(self._holes.find, offset, end))
+
+    async def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        done = await super()._fallocate(mode, offset, length)
+        self._holes.known.forget(offset, length)
+        return done
 
     async def copy_from(self, source: Backend, offset: int, length: int) -> bool:
         """Share the source's blocks (reflink), else have the file server copy them.
@@ -144,7 +150,9 @@ class FileBackend(DescriptorBackend):
             return False
         copying = self._task(self._io.call(self._copy_below, source, offset, length))
         source.lend_to(copying)
-        return await asyncio.shield(copying)
+        done = await asyncio.shield(copying)
+        self._holes.known.forget(offset, length)  # the source's may have come with it
+        return done
 
     def _copy_below(self, source: FileBackend, offset: int, length: int) -> bool:
         device = source.identity.device

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mirrord.core.geometry import KIB, MIB, TIB, Status
+from mirrord.core.geometry import KIB, MIB, TIB, Extent, Status
+from mirrord.smb import wire
 from mirrord.storage.backend import Cache
 from mirrord.storage.memory import open_memory
 from tests.helpers import eventually_async
@@ -71,6 +72,35 @@ class TestSpace:
         assert [(e.offset, e.status) for e in extents] == [
             (0, Status.DATA), (MIB, Status.HOLE), (3 * MIB, Status.DATA),
         ]  # fmt: skip
+
+    async def test_a_walk_asks_for_holes_seldom_and_misses_none(
+        self, samba: Samba, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A server goes through all data up to the next hole for every question."""
+        asked: list[tuple[int, int]] = []
+        query = wire.ranges_query
+
+        def counted(offset: int, length: int) -> bytes:
+            asked.append((offset, length))
+            return query(offset, length)
+
+        monkeypatch.setattr(wire, "ranges_query", counted)
+        size, step = 64 * MIB, MIB
+        samba.put("walked.raw", pattern(size))
+        backend = await make_client(samba).open("walked.raw")
+        for at in range(0, size, step):
+            assert await backend.extents(at, step) == [Extent(at, step, Status.DATA)]
+        assert len(asked) <= 8
+        assert all(at + length <= size for at, length in asked)
+        for hole in (0, 5 * MIB, 40 * MIB):
+            await backend.trim(hole, MIB)
+            assert await backend.extents(hole, step) == [Extent(hole, step, Status.HOLE)]
+        await backend.write(5 * MIB, pattern(MIB))
+        found = [
+            extent for at in range(0, size, step) for extent in await backend.extents(at, step)
+        ]
+        assert [e.offset for e in found if e.status is Status.HOLE] == [0, 40 * MIB]
+        assert sum(extent.length for extent in found) == size
 
     @pytest.mark.parametrize("fast", [True, False])
     async def test_a_server_without_sparse_files_stays_right(

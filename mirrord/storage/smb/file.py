@@ -20,6 +20,7 @@ from mirrord.smb import status as st
 from mirrord.smb import wire
 from mirrord.smb.channel import SMALL_BYTES_MAX, Reply, Request
 from mirrord.storage.backend import Buffer, Capabilities, Identity
+from mirrord.storage.holes import KnownData
 from mirrord.storage.memory_pool import constant, new_aligned, writable
 from mirrord.storage.remote import LostError, RemoteFile
 from mirrord.storage.smb import control
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 ZERO_BYTES_MAX: Final = GIB
 # Ranges of one answer: 4,096 of them fill the 64 KiB that every server answers with.
 RANGES_BYTES_MAX: Final = 64 * 1024
+# How far a look for holes goes where all before it was data.
+AHEAD_BYTES_MAX: Final = 256 * MIB
 # What every server takes ([MS-SMB2] 3.3.3: ServerSideCopyMaxNumberofChunks and its like).
 COPY_CHUNKS_MAX: Final = 16
 COPY_CHUNK_BYTES: Final = MIB
@@ -63,6 +66,8 @@ class ShareFile(RemoteFile):
         self._unbuffered = wire.READ_UNBUFFERED if session.unbuffered else 0
         self._resume_keys: dict[bytes, bytes] = {}
         self._maps = True  # until the server says that it has no map of holes
+        self._known = KnownData()
+        self._ahead_bytes = 0  # how far a look for holes goes at least
         self._no_copies = False
         self._clones = True  # until the server says that it can't
         self._granted: set[str] = set()  # what this handle was allowed before
@@ -165,6 +170,7 @@ class ShareFile(RemoteFile):
         while offset < end:
             count = min(ZERO_BYTES_MAX, end - offset)
             await self._ioctl(wire.SET_ZERO_DATA, wire.zero_data(offset, count), "zero")
+            self._known.forget(offset, count)
             offset += count
 
     async def flush(self) -> None:
@@ -176,8 +182,25 @@ class ShareFile(RemoteFile):
         wire.empty_reply(reply.message)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        if not self._maps:
+        """Look further than asked while all is data: a server walks to its end for each look."""
+        if not self._maps or self._known.end(offset) >= offset + length:
             return [Extent(offset, length, Status.DATA)]
+        since = self._known.holes_made
+        ahead = max(length, min(self._ahead_bytes, self.size - offset))
+        found = await self._extents(offset, ahead)
+        first = found[0]
+        if first.status is Status.DATA:
+            self._known.found(offset, first.end, since)
+        all_data = first.status is Status.DATA and first.length == ahead
+        self._ahead_bytes = min(2 * ahead, AHEAD_BYTES_MAX) if all_data else 0
+        end = offset + length
+        return [
+            Extent(each.offset, min(each.end, end) - each.offset, each.status)
+            for each in found
+            if each.offset < end
+        ]
+
+    async def _extents(self, offset: int, length: int) -> list[Extent]:
         given = wire.ranges_query(offset, length)
         body = wire.ioctl_body(
             self.handle.file_id, wire.QUERY_ALLOCATED_RANGES, given, RANGES_BYTES_MAX
@@ -200,7 +223,7 @@ class ShareFile(RemoteFile):
     async def _extents_of_half(self, offset: int, length: int) -> list[Extent]:
         if length <= self._piece_bytes:
             return [Extent(offset, length, Status.DATA)]
-        return await self.extents(offset, length // 2)
+        return await self._extents(offset, length // 2)
 
     async def size_now(self) -> int:
         return await self.session.control(control.size_of, self.tree.share, self.handle)
@@ -214,10 +237,12 @@ class ShareFile(RemoteFile):
     async def copy_from(self, source: RemoteFile, offset: int, length: int) -> bool:
         if self._no_copies or not isinstance(source, ShareFile) or not self.copies_from(source):
             return False
-        if self._clones and await self._clone(source, offset, length):
-            return True
-        self._no_copies = not await self._copy(source, offset, length)
-        return not self._no_copies
+        done = self._clones and await self._clone(source, offset, length)
+        if not done:
+            done = await self._copy(source, offset, length)
+            self._no_copies = not done
+        self._known.forget(offset, length)  # the source's holes may have come with it
+        return done
 
     async def _clone(self, source: ShareFile, offset: int, length: int) -> bool:
         """Have both files share the range's blocks; whole clusters, and the end of the file."""
