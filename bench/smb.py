@@ -26,7 +26,7 @@ from mirrord.control.client import Client
 from mirrord.control.messages import Job, MoveRequest
 from tests.samba import Samba
 
-SEQUENTIAL_BYTES = 1024 * MIB
+SEQUENTIAL_BYTES = 2048 * MIB
 MOVED_BYTES = 512 * MIB
 COPIED_BYTES = 2048 * MIB  # so that a copy lasts some seconds
 PAUSED_BYTES = 64 * MIB
@@ -239,7 +239,7 @@ _CLIENTS = {
 
 ALL: dict[str, Scenario] = {
     "smb-sequential": Scenario(
-        "1 GiB of a file on a share in requests of 1 MiB, depth 4 where the peer can, signed",
+        "2 GiB of a file on a share in requests of 1 MiB, depth 4 where the peer can, signed",
         "MB/s",
         {
             shown: _peer(name, "sequential", SEQUENTIAL_BYTES)
