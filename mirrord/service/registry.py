@@ -217,12 +217,15 @@ class Registry:
         return await self._describe(name)
 
     def _not_own(self, location: str) -> str:
-        """Return a checked location, which must not be among the records that we live by."""
-        own = os.path.realpath(self._directories.state)
-        if root_of(location, [own]) is not None:
-            raise RefusedError(
-                "state-directory", f"{location} lies in the state directory {own}: name another"
-            )
+        """Return a checked location, which must not be among the files that we live by."""
+        for code, folder in (
+            ("state-directory", self._directories.state),
+            ("runtime-directory", self._directories.runtime),
+        ):
+            own = os.path.realpath(folder)
+            if root_of(location, [own]) is not None:
+                what = code.replace("-", " ")
+                raise RefusedError(code, f"{location} lies in the {what} {own}: name another")
         return location
 
     async def _refuse_served(self, wanted: DiskRecord) -> None:

@@ -16,8 +16,11 @@ from mirrord.errors import RefusedError
 _FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 # How a place that the unit doesn't grant looks from inside: not there, or not to be written.
 _NOT_GRANTED = frozenset(
-    {"location-missing", "directory-missing", "directory-not-writable", "unreadable", "unreachable"}
-)
+    {
+        "location-missing", "directory-missing", "directory-not-writable", "unreadable",
+        "unreachable", "private-place",
+    }
+)  # fmt: skip
 
 
 class Systemd:

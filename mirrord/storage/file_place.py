@@ -198,7 +198,9 @@ class FilePlace(Place):
 
     def _parent(self) -> Directory:
         if self._directory is None:
-            self._directory = Directory(os.path.dirname(self.location), self._root)
+            directory = Directory(os.path.dirname(self.location), self._root)
+            directory.refuse_private()
+            self._directory = directory
         return self._directory
 
     # The target, before there is one.

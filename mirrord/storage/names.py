@@ -54,6 +54,26 @@ class Directory:
         status = os.fstatvfs(self.descriptor)
         return status.f_bavail * status.f_frsize
 
+    def refuse_private(self) -> None:
+        """Refuse (`private-place`) a folder that is a service's own, and gone when it stops.
+
+        By systemd.exec(5), PrivateTmp=: the service sees a folder of its own as /tmp, and another
+        as /var/tmp. No other program would find a disk there, and a restart deletes it.
+        """
+        if "RUNTIME_DIRECTORY" not in os.environ:
+            return  # no service: who runs this sees the same folder, and outlives it
+        with open(f"/proc/self/fdinfo/{self.descriptor}", encoding="ascii") as told:
+            mount = next(line.split()[1] for line in told if line.startswith("mnt_id:"))
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            for line in mounts:
+                number, _, _, root, point, *_ = line.split(b" ", 5)
+                if number.decode() == mount and b"/systemd-private-" in root:
+                    raise RefusedError(
+                        "private-place",
+                        f"{self.path} lies in {os.fsdecode(point)}, which is the service's own "
+                        "and is deleted when it stops: choose another place",
+                    )
+
 
 def check_name(location: str) -> None:
     """Refuse (`bad-name`) a path that no disk may have."""

@@ -124,6 +124,8 @@ def test_a_location_among_our_own_records(served: Daemon) -> None:
     assert str(record) in refuse(served, "state-directory", "attach", "x", record)
     for target in (served.state, served.state / "x.raw", f"{served.state}/jobs/../x.raw"):
         assert str(served.state) in refuse(served, "state-directory", "move", "vm", target)
+    for target in (served.runtime, served.runtime / "nbd/x.raw"):
+        assert str(served.runtime) in refuse(served, "runtime-directory", "move", "vm", target)
 
 
 def test_an_unreadable_location(served: Daemon, tmp_path: Path) -> None:

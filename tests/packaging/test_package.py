@@ -153,7 +153,8 @@ def refuses_other_places(host: Machine) -> None:
     """Say in one line where a place is granted."""
     host.run("mkdir /opt/vms; truncate -s 1M /opt/vms/x.raw ~/x.raw")
     for words in ("attach x /opt/vms/x.raw", "attach x ~/x.raw", "attach x /dev/loop0",
-                  "move vm /opt/vms/"):  # fmt: skip
+                  "move vm /opt/vms/", "move vm /tmp/", "move vm /var/tmp/x.raw",
+                  "move vm /run/"):  # fmt: skip
         refused = host.run(f"mirrord {words}", check=False)
         assert (refused.returncode, refused.stderr.count("\n")) == (4, 1), refused
         assert "places.conf" in refused.stderr
