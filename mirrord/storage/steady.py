@@ -179,13 +179,12 @@ class SteadyBackend(Backend):
 
     def connected(self) -> RemoteFile:
         """Return the file that is open now. Raises LostError."""
-        if self._tie.file is None:
-            raise LostError(f"{self.door.where} is away: {self.reason}")
-        return self._tie.file
+        if self._tie.file is not None:
+            return self._tie.file
+        raise LostError(f"{self.door.where} is away: {self.reason}")
 
     async def check_unchanged(self) -> None:
-        file = self._tie.file
-        if file is None:
+        if (file := self._tie.file) is None:
             return  # it is proven when it is open again
         try:
             size = await file.size_now()
@@ -202,11 +201,7 @@ class SteadyBackend(Backend):
         mine, other = self._tie.file, self._file_of(source)
         if mine is None or other is None or self.authoritative:
             return False
-        self._written += 1
-        try:
-            return await self._used(mine.copy_from(other, offset, length))
-        finally:
-            self._written += 1
+        return await self._used(self._counted(mine.copy_from(other, offset, length)))
 
     def _file_of(self, backend: Backend) -> RemoteFile | None:
         return backend._tie.file if isinstance(backend, SteadyBackend) else None
@@ -308,17 +303,22 @@ class SteadyBackend(Backend):
             self._begin_relief()
 
     async def _on_target(self, change: Change) -> None:
-        file = self._tie.file or await self._wait_up(
-            self._loop.time() + self.settings.target_wait_s
-        )
-        self._written += 1
+        file = self._tie.file or await self._wait_up(self._until_s())
         try:
-            await apply(file, change, through=change.fua)
+            await self._counted(apply(file, change, through=change.fua))
         except LostError as why:
             self._tie.lost(file, why)
             raise
+
+    async def _counted(self, work: Awaitable[T]) -> T:
+        """Change the target. An answer of an earlier life is true, and may be forgotten by now."""
+        life = self._tie.life
+        self._written += 1
+        try:
+            return await work
         finally:
             self._written += 1
+            self._suspect |= life != self._tie.life
 
     # Flushing.
 
@@ -339,9 +339,7 @@ class SteadyBackend(Backend):
                 return
 
     async def _flush_target(self) -> None:
-        file = self._tie.file or await self._wait_up(
-            self._loop.time() + self.settings.target_wait_s
-        )
+        file = self._tie.file or await self._wait_up(self._until_s())
         if self._suspect:
             self._suspect = False
             raise OSError(
@@ -410,7 +408,8 @@ class SteadyBackend(Backend):
             raise OSError(errno.EIO, f"an earlier flush failed: {self._poisoned.strerror}")
 
     def _until_s(self) -> float:
-        limit_s = self.settings.io_timeout_s if self.authoritative else self.settings.target_wait_s
+        settings = self.settings
+        limit_s = settings.io_timeout_s if self.authoritative else settings.target_wait_s
         return self._loop.time() + limit_s
 
     async def _look(self, ask: Callable[[RemoteFile], Awaitable[T]]) -> T:

@@ -43,41 +43,6 @@ async def source(path: Path, some_io: FileIo):
     await opened.close()
 
 
-@pytest.mark.root
-@pytest.mark.parametrize("private", [True, False])
-async def test_a_folder_that_ends_with_the_service(
-    source: Backend,
-    some_io: FileIo,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    private: bool,
-) -> None:
-    """What systemd mounts for PrivateTmp=yes, in which a moved disk once was lost."""
-    require_root()
-    folder = tmp_path / ("systemd-private-0123-mirrord.service-abcd" if private else "shared")
-    (folder / "tmp/deep").mkdir(parents=True)
-    make_file(folder / "tmp/deep/there.raw", pattern(SIZE))
-    (tmp_path / "tmp").mkdir()
-    run("mount", "--bind", str(folder / "tmp"), str(tmp_path / "tmp"))
-    try:
-        target = FilePlace(f"{tmp_path}/tmp/deep/", some_io)
-        await target.check_target(source, needed=0)  # by hand, whoever sees it as /tmp
-        monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/mirrord")
-        target = FilePlace(f"{tmp_path}/tmp/deep/", some_io)
-        there = FilePlace(f"{tmp_path}/tmp/deep/there.raw", some_io)
-        if private:
-            for refused in (target.check_target(source, needed=0), there.open()):
-                refusal = await refusal_of(refused)
-                assert refusal.code == "private-place"
-                assert f"lies in {tmp_path}/tmp, which is the service's own" in str(refusal)
-        else:
-            await target.check_target(source, needed=0)
-            await (await there.open()).close()
-        del target, there
-    finally:
-        run("umount", "--lazy", str(tmp_path / "tmp"))
-
-
 async def refusal_of(awaitable) -> RefusedError:
     """Return the refusal, which has to be one line."""
     with pytest.raises(RefusedError) as caught:

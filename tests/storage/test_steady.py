@@ -123,6 +123,35 @@ async def until_back(backend: SteadyBackend) -> None:
     )
 
 
+@pytest.mark.parametrize("flushed", [False, True])
+async def test_a_targets_write_that_is_answered_as_its_connection_ends(
+    server: Server, flushed: bool
+) -> None:
+    """The server restarts right behind its answer: the next flush must not vouch for the write.
+
+    Found by the simulator (seed 17685), with a flush that had begun, and ended, during the write.
+    """
+    backend = SteadyBackend(File(server), Entrance(server), SteadySettings(target_wait_s=5))
+    if flushed:
+        answer = server.hanging = asyncio.get_running_loop().create_future()
+        writing = asyncio.ensure_future(backend.write(UPPER, b"x" * BLOCK))
+        await asyncio.sleep(0)
+        await backend.flush()
+        server.hanging = None
+        answer.set_result(None)  # and before anybody hears of it …
+        server.file.die()
+        await writing
+    else:
+        await backend.write(UPPER, b"x" * BLOCK)
+        server.file.die()
+    server.content[UPPER:] = bytes(SIZE - UPPER)
+    await until_back(backend)
+    with pytest.raises(OSError, match="may have forgotten"):
+        await backend.flush()
+    await backend.flush()
+    await backend.close()
+
+
 async def test_a_refused_write_proves_nothing_later(server: Server) -> None:
     backend = await authority(server)
     server.full = True
