@@ -219,6 +219,7 @@ class DiskStatus(msgspec.Struct, frozen=True, kw_only=True):
     target_share: Share | None = None
     version: str | None = None
     requests: dict[str, RequestCount] = msgspec.field(default_factory=dict)  # by kind
+    opened: tuple[int, int] | None = None  # device and inode, 0 of a block device; of local ones
 
 
 class Call(msgspec.Struct, frozen=True):

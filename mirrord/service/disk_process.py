@@ -119,11 +119,21 @@ class DiskProcess:
             return state.read_record(directory / "attach.json", DiskRecord)
 
     def confirm(self) -> None:
-        """Make an attach true, now that its disk is open. Durable on return."""
+        """Make an attach true, now that its disk is open. Durable on return.
+
+        The record of an older version, which doesn't know what was opened, learns it.
+        """
         directory = self._directories.disk(self._name)
-        if not (directory / "disk.json").exists():
-            opened = msgspec.structs.replace(self._record, location=self._mover.location)
-            state.write_record(directory / "disk.json", opened)
+        attached = (directory / "disk.json").exists()
+        if attached and (self._mover.identity is None or self._record.identity is not None):
+            return
+        if attached and self._mover.moving:
+            return  # the record may be of the source, and the disk in the target
+        opened = msgspec.structs.replace(
+            self._record, location=self._mover.location, identity=self._mover.identity
+        )
+        state.write_record(directory / "disk.json", opened)
+        if not attached:
             (directory / "attach.json").unlink()
 
     async def serve(self) -> None:

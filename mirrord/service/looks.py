@@ -29,6 +29,11 @@ class Looks:
     def __init__(self) -> None:
         self._pending: dict[_Where, tuple[asyncio.Future[Found | None], float]] = {}
 
+    async def is_at(self, location: str, found: Found) -> bool:
+        """Tell whether something is what lies at a path now; it is, where that can't be told."""
+        where = (location, None)
+        return await self._look(where) == found or where in self._pending
+
     async def first_same(
         self, wanted: str, others: Sequence[str], root: str | None = None
     ) -> int | None:

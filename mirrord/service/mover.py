@@ -8,6 +8,7 @@ outcome; an exception out of one is a bug, and ends the process: the next one re
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime
 import logging
 import time
@@ -32,7 +33,7 @@ from mirrord.service.logs import Fields, fields
 from mirrord.service.places import PlaceFactory, is_share
 from mirrord.service.shares import ShareConfig
 from mirrord.service.state import Directories, DiskRecord, JobRecord
-from mirrord.storage.backend import Backend, Cache, Place
+from mirrord.storage.backend import Backend, Cache, Identity, Place
 from mirrord.storage.job_files import JobFiles, read_boot_id
 from mirrord.storage.memory_pool import give_freed_memory_back
 
@@ -117,6 +118,13 @@ class Mover:
                 self._record.location, self._record.size, self._record.root
             )
             backend = await self._place.open(read_only=self._record.read_only, cache=self._cache)
+            if not self._is_what_was_served(backend.identity):
+                await backend.close()
+                raise RefusedError(
+                    "disk-replaced",
+                    f"{self.location} is not what disk {self._record.name} was served from: put "
+                    "that back, or, to serve what is there, detach the disk and attach it again",
+                )
             self.disk = Disk(self._record.name, backend, read_only=self._record.read_only)
         for record in unborn:  # C0: what a start that came to no record may have left
             try:
@@ -125,6 +133,16 @@ class Mover:
             except (MirrordError, OSError, TimeoutError) as error:
                 about = fields(job=record.id, disk=record.disk, phase="queued", error=error)
                 log.warning("part left over %s", about)
+
+    def _is_what_was_served(self, found: Identity) -> bool:
+        """Tell whether this may be what the record knows. It may have grown while unserved."""
+        known = self._record.identity
+        return known is None or dataclasses.replace(known, size=found.size).is_still(found)
+
+    @property
+    def identity(self) -> Identity | None:
+        """What the disk's bytes are in now; None on a share, whose server tells of another."""
+        return None if is_share(self.location) else self.disk.backend.identity
 
     def _find_jobs(self) -> tuple[JobRecord | None, list[JobRecord]]:
         """Return the disk's unfinished job, and those that never came to their first record."""
@@ -251,7 +269,11 @@ class Mover:
         """Make it durable that the disk is at `location` now, and show it."""
         self._place = self._places.make(location, self.disk.size, root)
         self._record = msgspec.structs.replace(
-            self._record, location=location, size=self.disk.size, root=root
+            self._record,
+            location=location,
+            size=self.disk.size,
+            root=root,
+            identity=self.identity,
         )
         path = self._directories.disk(self._record.name) / "disk.json"
         await asyncio.to_thread(state.write_record, path, self._record)
@@ -348,6 +370,7 @@ class Mover:
 
     def status(self, clients: int) -> DiskStatus:
         """Return what the daemon shows."""
+        identity = self.identity
         return DiskStatus(
             version=mirrord.__version__,
             name=self._record.name,
@@ -358,6 +381,7 @@ class Mover:
             clients=clients,
             job=self.job(),
             share=_share(self.disk.backend),
+            opened=(identity.device, identity.inode) if identity else None,
             target_share=_share(self._target()),
         )
 

@@ -37,7 +37,7 @@ from mirrord.service.grants import root_of
 from mirrord.service.logs import fields
 from mirrord.service.looks import Looks
 from mirrord.service.moves import Covers, Moves
-from mirrord.service.places import check_location
+from mirrord.service.places import Found, check_location
 from mirrord.service.state import Directories, DiskRecord
 from mirrord.service.supervisor import DiskProcess
 from mirrord.service.systemd import granted
@@ -319,6 +319,8 @@ class Registry:
                 f"'mirrord show {name}' for what to mend, then restart the daemon",
             )
         if process is not None and alive:
+            if not force:
+                await self._refuse_lost(name, "its bytes would be gone: {}, or use --force")
             try:
                 await process.call("detach", type(None), force=force)
             except RefusedError as error:
@@ -335,11 +337,27 @@ class Registry:
     async def upgrade(self, name: str, *, force: bool) -> Disk:
         """Have a disk served by a process of this version. Raises RefusedError."""
         process = self._process_of(name)
+        if process.state == "refused":
+            raise RefusedError("disk-not-serving", f"disk {name} is refused: {process.reason}")
         await process.refresh()
         if force or process.status is None or process.outdated:
+            await self._refuse_lost(name, "no other process could open its bytes: {}")
             await process.renew()
             log.info("upgraded %s", fields(disk=name, version=mirrord.__version__))
         return await self._describe(name)
+
+    async def _refuse_lost(self, name: str, so: str) -> None:
+        """Refuse to end the one process that still has a file which was removed or replaced."""
+        attached = self._disks[name]
+        status = attached.process.status if attached.process is not None else None
+        if status is None or status.opened is None:
+            return
+        if not await self._looks.is_at(status.location, Found(*status.opened)):
+            raise RefusedError(
+                "disk-replaced",
+                f"{status.location}, from which disk {name} is served, was removed or replaced; "
+                + so.format(f"save them by 'mirrord move {name} TARGET'"),
+            )
 
     async def _ended(self, attached: _Attached, name: str) -> None:
         assert attached.task is not None

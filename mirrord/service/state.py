@@ -31,6 +31,7 @@ from mirrord.control.messages import CacheMode, CopyMode, CutoverMode, Job, Step
 from mirrord.control.sockets import check_socket_path
 from mirrord.errors import DamagedError, RefusedError
 from mirrord.storage import durable
+from mirrord.storage.backend import Identity
 
 # The layout that is written here. Each record has that of its writer: an older one is read (and
 # brought up to date where it is written again), a newer one is refused.
@@ -46,6 +47,8 @@ class DiskRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     read_only: bool = False
     size: int | None = None  # once it was moved: the guest's, which a larger device doesn't change
     root: str | None = None  # the location was granted below it, and is never looked for elsewhere
+    # What was opened there, of a file or a block device; None too in a record of an older version.
+    identity: Identity | None = None
     version: int = VERSION
 
 

@@ -271,7 +271,7 @@ def test_an_upgrade_replaces_each_process_and_guests_and_moves_go_on(
 def test_an_upgrade_tells_why_a_disk_is_not_served_afterwards(daemon: Daemon, disk: Path) -> None:
     daemon.expect_log("disk refused", "refused")
     daemon.attach("vm", disk)
-    disk.rename(disk.with_name("elsewhere"))
+    os.truncate(disk, 0)
     refused = daemon.run("upgrade", "vm", "--force", "--json")
     assert refused.returncode == 4
     assert str(disk) in refused.stderr

@@ -1,0 +1,112 @@
+"""A file that is removed or replaced under a served disk: its process has the only copy then."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mirrord.core.geometry import MIB
+from tests.daemon import Daemon
+from tests.helpers import eventually
+from tests.nbd_writer import Client, content
+from tests.service.test_restarts import write
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """Make a disk."""
+    path = tmp_path / "vm.raw"
+    path.write_bytes(os.urandom(4 * MIB))
+    return path
+
+
+def replace(path: Path) -> None:
+    """Put another file of the same size under the name, as `cp` to a new name and `mv` do."""
+    new = path.with_suffix(".new")
+    new.write_bytes(bytes(4 * MIB))
+    new.rename(path)
+
+
+def refused(daemon: Daemon, *words: str) -> None:
+    """Be refused in one line that says how to save the disk; then nothing has changed."""
+    before = daemon.disk_pid("vm")
+    done = daemon.run(*words)
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1), done
+    assert "was removed or replaced" in done.stderr
+    assert "mirrord move vm TARGET" in done.stderr
+    assert daemon.disk_pid("vm") == before
+    assert daemon.json("show", "vm")["state"] == "serving"
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, replace])
+def test_what_was_lost_can_be_saved(
+    daemon: Daemon, disk: Path, tmp_path: Path, lose: Callable[[Path], None]
+) -> None:
+    client = Client(daemon.attach("vm", disk), "vm")
+    before = disk.read_bytes()
+    lose(disk)
+    write(client, 3, 1)
+    client.close()
+    refused(daemon, "upgrade", "vm", "--force")
+    refused(daemon, "detach", "vm")
+    daemon.move("vm", tmp_path / "saved.raw")
+    daemon.wait("vm")
+    assert daemon.json("upgrade", "vm", "--force")[0]["state"] == "serving"
+    assert daemon.json("detach", "vm")["state"] == "detached"
+    saved = (tmp_path / "saved.raw").read_bytes()
+    assert saved == before[: 3 * 4096] + content(3, 1) + before[4 * 4096 :]
+    assert disk.exists() is (lose is replace), "a file that was never served is nobody's to delete"
+
+
+def test_what_was_lost_can_be_given_up(daemon: Daemon, disk: Path) -> None:
+    daemon.attach("vm", disk)
+    disk.unlink()
+    assert daemon.json("detach", "vm", "--force")["state"] == "detached"
+
+
+def test_another_file_is_not_served_to_the_same_guest(daemon: Daemon, disk: Path) -> None:
+    daemon.expect_log("restarting disk process", "disk refused")
+    daemon.attach("vm", disk)
+    kept = disk.with_name("kept")
+    os.link(disk, kept)
+    replace(disk)
+    daemon.kill_disk("vm")
+    eventually(lambda: daemon.json("show", "vm")["state"] == "refused", what="it is refused")
+    reason = daemon.json("show", "vm")["reason"]
+    assert f"{disk} is not what disk vm was served from" in reason
+    again = daemon.run("upgrade", "vm", "--json")
+    assert (again.returncode, "disk-not-serving" in again.stderr) == (4, True)
+    kept.rename(disk)
+    daemon.stop()
+    daemon.start()
+    assert daemon.json("show", "vm")["state"] == "serving"
+    replace(disk)
+    daemon.kill_disk("vm")
+    eventually(lambda: daemon.json("show", "vm")["state"] == "refused", what="it is refused")
+    daemon.json("detach", "vm")
+    daemon.attach("vm", disk)
+    assert daemon.json("show", "vm")["state"] == "serving"
+
+
+def test_a_disk_may_grow_while_nobody_serves_it(daemon: Daemon, disk: Path) -> None:
+    daemon.attach("vm", disk)
+    daemon.kill()
+    daemon.kill_disk("vm")
+    os.truncate(disk, 8 * MIB)
+    daemon.start()
+    assert daemon.json("show", "vm")["size"] == 8 * MIB
+
+
+def test_a_record_of_an_older_version_learns_what_it_is_of(daemon: Daemon, disk: Path) -> None:
+    daemon.attach("vm", disk)
+    path = daemon.state / "disks/vm/disk.json"
+    record = json.loads(path.read_text())
+    known = record.pop("identity")
+    assert (known["inode"], known["size"]) == (disk.stat().st_ino, 4 * MIB)
+    path.write_text(json.dumps(record))
+    daemon.json("upgrade", "vm", "--force")
+    assert json.loads(path.read_text())["identity"] == known
