@@ -430,7 +430,8 @@ def _client(socket: Path | None) -> Client:
 def _running_job(client: Client, name: str, verb: str) -> str:
     found = client.disk(check_name(name)).job
     if found is None:
-        raise RefusedError("no-job", f"disk {name} is not being moved: there is nothing to {verb}")
+        what = verb.replace("cutover", "cut over")
+        raise RefusedError("no-job", f"disk {name} is not being moved: there is nothing to {what}")
     return found
 
 

@@ -72,6 +72,7 @@ Socket = Annotated[
         "--socket",
         envvar="MIRRORD_SOCKET",
         metavar="PATH",
+        readable=False,  # the daemon says who may
         help="The daemon's control socket.",
         show_default="/run/mirrord/control.sock for root, else below $XDG_RUNTIME_DIR",
     ),

@@ -42,7 +42,7 @@ def _libvirt(name: str, socket: str, read_only: bool) -> str:
     only = "\n  <readonly/>" if read_only else ""
     return (
         "<disk type='network' device='disk'>\n"
-        "  <driver name='qemu' type='raw' discard='unmap'/>\n"
+        "  <driver name='qemu' type='raw' error_policy='stop' discard='unmap'/>\n"
         f"  <source protocol='nbd' name={quoteattr(name)}>\n"
         f"    <host transport='unix' socket={quoteattr(socket)}/>\n"
         f"    <reconnect delay='{RECONNECT_DELAY_S}'/>\n"

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,12 +158,18 @@ def prepare(directories: Directories) -> None:
 
 
 def _refuse_strangers(path: Path) -> None:
-    """Refuse a directory of another user's: whoever owns it could put anything in it."""
-    owner = path.stat().st_uid
-    if owner not in (0, os.geteuid()):
-        raise RefusedError(
-            "directory-not-ours", f"{path} belongs to user {owner}; give a directory of your own"
-        )
+    """Refuse a directory in which, or in the place of which, another user could put anything."""
+    for each in (path, path.parent):
+        status = each.stat()
+        if status.st_uid not in (0, os.geteuid()):
+            raise RefusedError(
+                "directory-not-ours",
+                f"{each} belongs to user {status.st_uid}; give a directory of your own",
+            )
+        if status.st_mode & stat.S_IWOTH and (each == path or not status.st_mode & stat.S_ISVTX):
+            raise RefusedError(
+                "directory-not-ours", f"everybody may write in {each}: chmod o-w {each}"
+            )
 
 
 def _unwritable(kind: str, path: Path, error: OSError) -> RefusedError:
