@@ -164,6 +164,16 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def _write(writer: asyncio.StreamWriter, line: bytes) -> None:
+    """Say something to whoever is still there: a daemon that died concerns no job."""
+    if writer.is_closing():
+        return
+    try:
+        writer.write(line)
+    except (OSError, RuntimeError) as error:  # uvloop's for a connection that is closed already
+        log.info("daemon's channel lost %s", fields(error=error))
+
+
 class ChannelServer:
     """The disk process's end: answers calls by `verbs`, and tells every connection the news."""
 
@@ -194,7 +204,7 @@ class ChannelServer:
         """Send news of a job to whoever is connected."""
         line = msgspec.json.encode(Reply(ok=msgspec.Raw(msgspec.json.encode(job)))) + b"\n"
         for writer in self._writers:
-            writer.write(line)
+            _write(writer, line)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._writers) >= CONNECTIONS_MAX:
@@ -235,8 +245,7 @@ class ChannelServer:
         except Exception as error:
             log.exception("call failed %s", fields(verb=call.verb))
             reply = Reply(call.id, error=Problem("internal", f"{call.verb}: {error!r}"))
-        if not writer.is_closing():
-            writer.write(msgspec.json.encode(reply) + b"\n")
+        _write(writer, msgspec.json.encode(reply) + b"\n")
 
     def _send_listener(self, writer: asyncio.StreamWriter) -> None:
         connection = writer.get_extra_info("socket")

@@ -173,6 +173,7 @@ async def _serve(
             print(f"ready socket={address}", file=sys.stderr, flush=True)
             await stop.wait()
             log.info("stopping; disks stay served")
+            registry.stop()
             manager.notify("STOPPING=1")
             await server.close()
             raise _StoppedError

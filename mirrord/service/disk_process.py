@@ -211,10 +211,11 @@ class DiskProcess:
                 raise RefusedError(
                     "not-flushed",
                     f"what was written to disk {self._name} can't be made durable "
-                    f"({error or 'its storage does not answer'}): wait until its storage is well, "
+                    f"({str(error) or 'its storage does not answer'}): wait until that is well, "
                     "or give that up with --force",
                 ) from error
-            log.error("detached unflushed %s", fields(disk=self._name, error=error))
+            why = str(error) or "its storage does not answer"
+            log.error("detached unflushed %s", fields(disk=self._name, error=why))
 
     def _forget(self) -> None:
         directory = self._directories.disk(self._name)

@@ -42,6 +42,8 @@ from mirrord.service.state import (
 
 log = logging.getLogger(__name__)
 
+DROPPED_MAX = 64  # jobs that are forgotten at once
+_UNTOLD = "untold"  # is there while a program has to be told of the job's end
 _DAYS_MAX = 365_000  # a date before year 1 is none
 
 Standing = Literal["queued", "unfinished", "ended"]
@@ -213,8 +215,27 @@ def write_ended(directories: Directories, job: Job) -> None:
         os.truncate(path, journal.CAPACITY_BYTES)  # the same bytes, the zeroes as a hole
 
 
+def is_untold(directories: Directories, job_id: str) -> bool:
+    """Tell whether a program has still to be told of a job that ended."""
+    return (directories.job(job_id) / _UNTOLD).exists()
+
+
+def note_untold(directories: Directories, job_id: str) -> None:
+    """Note that a program has to be told of a job's end, before that is written down."""
+    (directories.job(job_id) / _UNTOLD).touch()
+
+
+def note_told(directories: Directories, job_id: str) -> None:
+    """Note that a program is told now: whatever happens, it won't be again."""
+    with contextlib.suppress(OSError):  # it may be told twice, then
+        (directories.job(job_id) / _UNTOLD).unlink()
+
+
 def drop_old(directories: Directories, ended: list[Job], keep: int, days: int) -> list[str]:
-    """Forget ended jobs above a number or an age, but never the last one; return their ids."""
+    """Forget ended jobs above a number or an age, but never the last one; return their ids.
+
+    At most `DROPPED_MAX`, as each is a sync: the next job that ends takes more with it.
+    """
     age = datetime.timedelta(days=min(days, _DAYS_MAX))
     oldest = datetime.datetime.now(datetime.UTC) - age
     by_age = sorted(ended, key=lambda job: job.ended or job.created or "")
@@ -223,6 +244,7 @@ def drop_old(directories: Directories, ended: list[Job], keep: int, days: int) -
         for number, job in enumerate(reversed(by_age))
         if number >= keep or (number and (job.ended or job.created or "") < oldest.isoformat())
     ]
-    for job_id in surplus:
+    oldest_first = surplus[: -DROPPED_MAX - 1 : -1]
+    for job_id in oldest_first:
         forget_job(directories, job_id)
-    return surplus
+    return oldest_first

@@ -58,9 +58,9 @@ class Looks:
     async def _look(self, where: _Where) -> Found | None:
         loop = asyncio.get_running_loop()
         if where not in self._pending:
-            self._pending[where] = loop.create_future(), loop.time() + LOOK_DEADLINE_S
             # No executor: its threads are few, and waited for at the end. These may stay for ever.
             threading.Thread(target=self._find, args=(where, loop), daemon=True).start()
+            self._pending[where] = loop.create_future(), loop.time() + LOOK_DEADLINE_S
         look, due = self._pending[where]
         if loop.time() < due:
             await asyncio.wait([look], timeout=due - loop.time())
@@ -69,9 +69,12 @@ class Looks:
         return look.result() if look.done() else None
 
     def _find(self, where: _Where, loop: asyncio.AbstractEventLoop) -> None:
-        found = find(*where)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(self._found, where, found)
+        found = None
+        try:
+            found = find(*where)
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(self._found, where, found)
 
     def _found(self, where: _Where, found: Found | None) -> None:
         self._pending.pop(where)[0].set_result(found)

@@ -20,6 +20,7 @@ import datetime
 import logging
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -98,12 +99,20 @@ class Moves:
         self._news = asyncio.Event()
         self._look: asyncio.Task[None] | None = None
         self._notifier = Notifier(config, group)
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Start nothing more, and note nothing: the next daemon does."""
+        self._stopped = True
 
     async def changed(self, disk: str | None, within_s: float) -> list[Job]:
         """Return what `jobs` does when one has changed its phase, or after `within_s`.
 
         All who wait share one look at the disk processes.
         """
+        if self._stopped:
+            await asyncio.sleep(within_s)
+            return self._listed(disk)
         if self._look is None or self._look.done():
             self._look = self._group.create_task(self._next_look(within_s), name="look at moves")
         await asyncio.wait([self._look])
@@ -132,6 +141,8 @@ class Moves:
             move = self._moves[job_id] = Move(entry.record, entry.job, entry.standing)
             if entry.standing == "ended" and not entry.recorded:  # while no daemon was there
                 self._record_end(move)
+            elif entry.standing == "ended" and history.is_untold(self._directories, job_id):
+                self._notify(move)
 
     async def jobs(self, disk: str | None) -> list[Job]:
         """Return all jobs, or a disk's, newest first."""
@@ -334,6 +345,8 @@ class Moves:
 
     def kick(self) -> None:
         """Start what may start now."""
+        if self._stopped:
+            return
         for job_id in self._startable():
             move = self._moves[job_id]
             try:
@@ -378,7 +391,7 @@ class Moves:
     def job_changed(self, job: Job) -> None:
         """Take over what a disk process says about its job."""
         move = self._moves.get(job.id)
-        if move is None or move.standing == "ended":
+        if move is None or move.standing == "ended" or self._stopped:
             return
         changed = job.phase != move.job.phase
         move.job = job
@@ -394,14 +407,20 @@ class Moves:
     def _record_end(self, move: Move) -> None:
         """Write the outcome down for the next daemon. Failing is harmless: the journal has it."""
         try:
+            if self._notifier.wants(move.job):
+                history.note_untold(self._directories, move.job.id)
             history.write_ended(self._directories, move.job)
-            self._notifier.ended(move.job)  # what isn't written down, the next daemon tells
+            self._notify(move)  # what isn't written down, the next daemon tells
             ended = [each.job for each in self._moves.values() if each.standing == "ended"]
             keep, days = self._config.keep_jobs, self._config.keep_jobs_days
             for job_id in history.drop_old(self._directories, ended, keep, days):
                 del self._moves[job_id]
         except (OSError, MirrordError) as error:
             log.warning("outcome not written %s", move.about(error=error))
+
+    def _notify(self, move: Move) -> None:
+        told = partial(history.note_told, self._directories, move.job.id)
+        self._notifier.ended(move.job, told)
 
     def conclude(self, move: Move, phase: PhaseName, reason: str) -> None:
         """End a job that no disk process will end."""

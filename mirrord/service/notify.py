@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import tempfile
+from collections.abc import Callable
 
 import msgspec
 
@@ -41,14 +42,21 @@ class Notifier:
         self._group = group
         self._places = asyncio.Semaphore(PROGRAMS_MAX)
 
-    def ended(self, job: Job) -> None:
-        """Tell of a job that has just ended."""
-        command = self._commands.get(job.phase)
-        if command:
-            self._group.create_task(self._run(command, job), name=f"notify {job.id}")
+    def wants(self, job: Job) -> bool:
+        """Whether a program is to be told of a job that ended like this."""
+        return bool(self._commands.get(job.phase))
 
-    async def _run(self, command: list[str], job: Job) -> None:
+    def ended(self, job: Job, begin: Callable[[], None]) -> None:
+        """Tell of a job that has ended; `begin` is called when its program is about to run."""
+        if self.wants(job):
+            self._group.create_task(self._run(job, begin), name=f"notify {job.id}")
+        else:
+            begin()
+
+    async def _run(self, job: Job, begin: Callable[[], None]) -> None:
+        command = self._commands[job.phase]
         async with self._places:
+            begin()
             try:
                 why = await _outcome(command, msgspec.json.encode(job))
             except (OSError, ValueError) as error:

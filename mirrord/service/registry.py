@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 ATTACH_DEADLINE_S = 60.0
 # Detach flushes what the guest wrote.
 DETACH_DEADLINE_S = 60.0
+DETACH_FORCED_S = 15.0  # a process that hangs is ended then
 # How long a starting daemon waits for its disks before it says that it is ready.
 LOAD_DEADLINE_S = 10.0
 # What a process that keeps dying or hangs makes a call end with.
@@ -74,6 +75,10 @@ class Registry:
         self._disks: dict[str, _Attached] = {}
         self._looks = Looks()
         self._moves = Moves(config, directories, group, self._process_of, self._looks)
+
+    def stop(self) -> None:
+        """Begin nothing more: this daemon ends, and the disks stay served."""
+        self._moves.stop()
 
     # Starting.
 
@@ -322,12 +327,15 @@ class Registry:
             if not force:
                 await self._refuse_lost(name, "its bytes would be gone: {}, or use --force")
             try:
-                await process.call("detach", type(None), force=force)
+                async with asyncio.timeout(DETACH_FORCED_S if force else None):
+                    await process.call("detach", type(None), force=force)
             except RefusedError as error:
                 if not force or error.code not in NOT_ANSWERING:
                     raise
                 process.end_now()
-            await self._ended(attached, name)
+            except TimeoutError:
+                process.end_now()
+            await self._ended(attached, name, DETACH_FORCED_S if force else DETACH_DEADLINE_S)
         if move is not None:
             self._moves.conclude(move, "failed", "its disk was detached by force")
         await self._forget(name)
@@ -359,14 +367,23 @@ class Registry:
                 + so.format(f"save them by 'mirrord move {name} TARGET'"),
             )
 
-    async def _ended(self, attached: _Attached, name: str) -> None:
+    async def _ended(self, attached: _Attached, name: str, limit_s: float) -> None:
         assert attached.task is not None
-        done, _ = await asyncio.wait([attached.task], timeout=DETACH_DEADLINE_S)
+        done, _ = await asyncio.wait([attached.task], timeout=limit_s)
         if not done:
+            self._group.create_task(self._forget_later(attached, name), name=f"forget {name}")
             raise RefusedError(
                 "disk-stuck",
-                f"disk {name} is closed, but its process has not ended yet; its storage may hang",
+                f"disk {name} is closed, but its process can't end: its storage hangs; the disk is "
+                "forgotten as soon as it does",
             )
+
+    async def _forget_later(self, attached: _Attached, name: str) -> None:
+        assert attached.task is not None
+        await asyncio.wait([attached.task])
+        if self._disks.get(name) is attached:
+            await self._forget(name)
+            log.info("detached %s", fields(disk=name))
 
     def _process_of(self, name: str) -> DiskProcess:
         attached = self._attached(name)

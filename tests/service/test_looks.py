@@ -111,6 +111,24 @@ async def test_what_hangs_is_waited_for_once_and_counts_as_another(
     assert stuck.asked == 1
 
 
+async def test_a_look_that_can_not_begin_is_taken_later(
+    disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be too many threads: that is no storage that hangs."""
+    hard = str(tmp_path / "hard")
+    os.link(disk, hard)
+    seen = Looks()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            await seen.first_same(disk, [hard])
+    assert await seen.first_same(disk, [hard]) == 0
+
+
 async def test_what_answers_again_is_looked_at_again(stuck: StuckStorage, disk: str) -> None:
     seen = Looks()
     assert await seen.first_same(STUCK, [disk]) is None

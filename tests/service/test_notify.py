@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -40,7 +41,7 @@ async def tell(config: Config, *jobs: Job) -> None:
     async with asyncio.TaskGroup() as group:
         notifier = Notifier(config, group)
         for each in jobs:
-            notifier.ended(each)
+            notifier.ended(each, lambda: None)
 
 
 async def test_each_outcome_has_its_program(tmp_path: Path) -> None:
@@ -129,6 +130,38 @@ async def test_few_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(notify, "_outcome", outcome)
     await tell(Config(on_done=["/x"]), *(job("done", str(number)) for number in range(20)))
     assert most == notify.PROGRAMS_MAX
+
+
+def test_who_waits_for_a_place_is_told_by_the_next_daemon(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    """A stop comes while all places are taken by programs that take long."""
+    count = notify.PROGRAMS_MAX + 2
+    go_on = tmp_path / "go-on"
+    program = script(
+        tmp_path,
+        f"cat >>{tmp_path}/told; for _ in $(seq 200); do [ -e {go_on} ] && exit; sleep 0.1; done",
+    )
+    daemon = make_daemon(f'on_done = ["{program}"]\n')
+    daemon.start()
+    for number in range(count):
+        (tmp_path / f"{number}.raw").write_bytes(os.urandom(4096))
+        daemon.attach(f"vm-{number}", tmp_path / f"{number}.raw")
+        daemon.move(f"vm-{number}", tmp_path / f"moved-{number}.raw")
+        daemon.wait(f"vm-{number}")
+
+    def told() -> list[str]:
+        text = (tmp_path / "told").read_text() if (tmp_path / "told").exists() else ""
+        return sorted(re.findall(r'"disk":"([^"]*)"', text))
+
+    eventually(lambda: len(told()) == notify.PROGRAMS_MAX, what="so many are told of")
+    assert daemon.stop() == 0
+    go_on.touch()
+    daemon.start()
+    eventually(lambda: len(told()) == count, what="the rest is told of")
+    assert daemon.stop() == 0
+    daemon.start()
+    assert told() == [f"vm-{number}" for number in range(count)], "each once"
 
 
 def test_a_move_that_ends_is_told_of_once(make_daemon, tmp_path: Path) -> None:

@@ -56,6 +56,19 @@ def test_a_queued_move_says_for_what_it_waits_and_starts_in_its_turn(
     ]
 
 
+def test_a_daemon_ends_well_while_moves_begin_and_end(one_at_a_time: Daemon) -> None:
+    """What happens while it ends is the next one's to go on with."""
+    daemon = one_at_a_time
+    for name in NAMES:
+        daemon.json("limit", name, "0")
+        assert daemon.stop() == 0
+        assert "Traceback" not in daemon.log()
+        daemon.start()
+    for name in NAMES:
+        daemon.wait(name)
+    assert phases(daemon) == dict.fromkeys(NAMES, "done")
+
+
 def test_a_queued_move_is_cancelled_without_a_trace(one_at_a_time: Daemon, tmp_path: Path) -> None:
     daemon = one_at_a_time
     refused = daemon.run("pause", "b", "--json")

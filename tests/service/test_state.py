@@ -231,6 +231,22 @@ def test_old_ended_jobs_are_forgotten(
     assert history.drop_old(directories, left, keep, days) == []
 
 
+def test_few_jobs_are_forgotten_at_once(directories: Directories) -> None:
+    """Each is a sync, and the daemon answers nobody meanwhile."""
+    jobs = []
+    for number in range(history.DROPPED_MAX + 3):
+        created = f"2026-01-01T00:00:{number:06d}"
+        directories.job(created).mkdir()
+        jobs.append(
+            Job(id=created, disk="vm", phase="done", source="/a", target="/b", ended=created)
+        )
+    oldest = [job.id for job in jobs[: history.DROPPED_MAX]]
+    assert history.drop_old(directories, jobs, 1, 10**6) == oldest
+    left = [job for job in jobs if job.id not in oldest]
+    assert history.drop_old(directories, left, 1, 10**6) == [job.id for job in left[:2]]
+    assert directories.job_ids() == [jobs[-1].id]
+
+
 def test_a_job_that_has_just_ended_is_remembered(directories: Directories) -> None:
     """Although it was asked for before the others."""
     jobs = []
