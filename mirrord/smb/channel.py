@@ -184,6 +184,12 @@ class Channel:
         return len(self._pending)
 
     @property
+    def beside_small(self) -> bool:
+        """Whether small requests have come lately: bulk is held back, and best asked for in little
+        pieces, for one that is sent or received holds up all others."""
+        return self._small_lately > 0
+
+    @property
     def waiting(self) -> int:
         """Requests that have not been sent."""
         return sum(map(len, self._lanes))

@@ -273,15 +273,19 @@ def test_bulk_in_flight_is_little_beside_small_requests() -> None:
     channel = started(credits=ENOUGH)
     for _ in range(SMALL_REMEMBERED + 60):
         channel.submit(read(BULK))
+    assert not channel.beside_small
     channel.submit(read())
     small, *flying = pump(channel)
     assert small.charge == 1
+    assert channel.beside_small
     assert len(flying) == BULK_BYTES_BESIDE_SMALL // BULK
     for _ in range(SMALL_REMEMBERED - 1):
         reply(channel, flying.pop(0))
         flying += pump(channel)
         assert len(flying) == BULK_BYTES_BESIDE_SMALL // BULK
+    assert channel.beside_small
     reply(channel, flying.pop(0))
+    assert not channel.beside_small
     assert len(flying) + len(pump(channel)) == BULK_BYTES_MAX // BULK
 
 

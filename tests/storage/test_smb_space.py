@@ -73,6 +73,28 @@ class TestSpace:
             (0, Status.DATA), (MIB, Status.HOLE), (3 * MIB, Status.DATA),
         ]  # fmt: skip
 
+    async def test_pieces_are_little_while_small_requests_come(
+        self, samba: Samba, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[int] = []
+        body = wire.write_body
+
+        def counted(file_id: bytes, offset: int, length: int, flags: int) -> bytes:
+            asked.append(length)
+            return body(file_id, offset, length, flags)
+
+        monkeypatch.setattr(wire, "write_body", counted)
+        samba.put("pieces.raw", bytes(8 * MIB))
+        backend = await make_client(samba).open("pieces.raw")
+        data = pattern(2 * MIB)
+        await backend.write(0, data)
+        assert asked == [MIB, MIB]
+        await backend.write(4 * MIB, b"small")
+        asked.clear()
+        await backend.write(2 * MIB, data)
+        assert asked == [256 * KIB] * 8
+        assert bytes(await backend.read(0, 4 * MIB)) == bytes(data) * 2
+
     async def test_a_walk_asks_for_holes_seldom_and_misses_none(
         self, samba: Samba, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -158,12 +158,12 @@ class ShareFile(RemoteFile):
         """Have all pieces of a range in flight at once; they need not lie on any boundary."""
         end = offset + length
         while True:
-            piece = self._piece_bytes
+            piece = self.session.piece_now(self._piece_bytes)
             requests = [make(at, min(piece, end - at)) for at in range(offset, end, piece)]
             try:
                 return await self._all(requests)
             except TooLargeError:  # nothing of the others is lost: each is done again, the same
-                self._piece_bytes = wire.CREDIT_BYTES
+                self._piece_bytes = max(piece // 4, wire.CREDIT_BYTES)
 
     async def zero(self, offset: int, length: int) -> None:
         end = offset + length
