@@ -124,7 +124,7 @@ def small_file_system(where: Path, size_bytes: int) -> Iterator[Path]:
     """Mount an empty file system in memory of that size."""
     require_root()
     where.mkdir(exist_ok=True)
-    _run("mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", str(where))
+    _run("mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=755", "none", str(where))
     try:
         yield where
     finally:

@@ -219,6 +219,7 @@ class DiskStatus(msgspec.Struct, frozen=True, kw_only=True):
     target_share: Share | None = None
     version: str | None = None
     requests: dict[str, RequestCount] = msgspec.field(default_factory=dict)  # by kind
+    stalled_s: float = 0.0  # for so long guests have had no answer at all
     opened: tuple[int, int] | None = None  # device and inode, 0 of a block device; of local ones
 
 

@@ -57,6 +57,11 @@ class Counters:
             self._buckets[command][bits] += number
             self._spent_ns[command] += spent_ns * number
 
+    @property
+    def ended(self) -> int:
+        """How many requests have ended."""
+        return sum(map(sum, self._buckets))
+
     def counts(self) -> dict[str, Count]:
         """Return what was counted, by kind: read, write, flush, trim, zero."""
         return {kind: self._count(command) for kind, command in KINDS.items()}

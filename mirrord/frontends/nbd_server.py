@@ -122,6 +122,16 @@ class NbdServer:
             if (s := c.session) is not None and not s.ended
         ]
 
+    @property
+    def waiting(self) -> int:
+        """How many requests have come and have no answer yet."""
+        return sum(c.session.in_flight for c in self._connections if c.session is not None)
+
+    @property
+    def ended(self) -> int:
+        """How many requests have ended, of whatever kind."""
+        return self.counters.ended
+
     def _busy(self) -> bool:
         """Tell whether something is in flight or on its way out."""
         for connection in self._connections:

@@ -41,6 +41,7 @@ from mirrord.service.logs import fields
 from mirrord.service.mover import Mover
 from mirrord.service.places import is_share
 from mirrord.service.shares import ShareConfig, decode_shares
+from mirrord.service.stalls import StallWatch
 from mirrord.service.state import Directories, DiskRecord
 from mirrord.storage.backend import UnreachableError
 from mirrord.storage.memory_pool import keep_freed_memory
@@ -105,6 +106,7 @@ class DiskProcess:
         )
         await self._mover.open()
         self._server = NbdServer(self._mover.disk, limits=self._limits)
+        self._stalls = StallWatch(self._name, self._server)
 
     @property
     def on_share(self) -> bool:
@@ -145,6 +147,7 @@ class DiskProcess:
         """Serve until told to end, and end in good order."""
         async with asyncio.TaskGroup() as group:
             moving = group.create_task(self._mover.run())
+            watching = group.create_task(self._stalls.run())
             waiting = group.create_task(self._detached.wait())
             waiting.add_done_callback(lambda _: self._told.put_nowait(None))
             why = await self._told.get()
@@ -153,6 +156,7 @@ class DiskProcess:
             log.info("stopping %s", fields(disk=self._name, why=why.name if why else "detach"))
             await self._server.stop(STOP_DEADLINE_S, coming_back=why is signal.SIGHUP)
             moving.cancel()
+            watching.cancel()
             waiting.cancel()
         await self._mover.close(FLUSH_DEADLINE_S)
         await self._channel.close(self._directories.channel(self._name))
@@ -163,6 +167,7 @@ class DiskProcess:
         counts = self._server.counters.counts()
         return msgspec.structs.replace(
             self._mover.status(len(self._server.clients)),
+            stalled_s=self._stalls.stalled_s,
             requests=msgspec.convert(counts, dict[str, RequestCount], from_attributes=True),
         )
 

@@ -41,6 +41,7 @@ class Process:
 
     pid: int
     requests: Mapping[str, RequestCount] = field(default_factory=dict)
+    stalled_s: float = 0.0
 
 
 def render(disks: Sequence[Disk], jobs: Sequence[Job], processes: Mapping[str, Process]) -> bytes:
@@ -89,9 +90,18 @@ def _of_disks(disks: Sequence[Disk]) -> Iterator[Metric]:
 
 
 def _of_requests(processes: Mapping[str, Process]) -> Iterator[Metric]:
-    from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily
+    from prometheus_client.metrics_core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+    )
 
     labels = ["disk", "kind"]
+    stalled = GaugeMetricFamily(
+        "mirrord_disk_stalled_seconds",
+        "For how long guests have had no answer at all, while some wait for one.",
+        labels=["disk"],
+    )
     took = HistogramMetricFamily(
         "mirrord_disk_request_seconds",
         "How long guests' requests took, since the disk's process started.",
@@ -104,11 +114,13 @@ def _of_requests(processes: Mapping[str, Process]) -> Iterator[Metric]:
         "mirrord_disk_request_errors", "Those that a guest saw fail.", labels=labels
     )
     for disk, process in processes.items():
+        if disk:
+            stalled.add_metric([disk], process.stalled_s)
         for kind, count in process.requests.items():
             took.add_metric([disk, kind], _cumulated(count.buckets), count.seconds)
             moved.add_metric([disk, kind], count.bytes)
             failed.add_metric([disk, kind], count.errors)
-    yield from (took, moved, failed)
+    yield from (stalled, took, moved, failed)
 
 
 def _cumulated(buckets: Sequence[int]) -> list[tuple[str, float]]:

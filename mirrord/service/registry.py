@@ -31,7 +31,7 @@ from mirrord.control.snippets import nbd_uri, snippets
 from mirrord.control.sockets import check_socket_path, is_answered
 from mirrord.core.units import check_name
 from mirrord.errors import DamagedError, MirrordError, RefusedError
-from mirrord.service import metrics, share_test, state
+from mirrord.service import metrics, share_test, stalls, state
 from mirrord.service.config import Config
 from mirrord.service.grants import root_of
 from mirrord.service.logs import fields
@@ -173,6 +173,9 @@ class Registry:
             await process.refresh()
         status = None if process is None else process.status
         serving = process is not None and process.state == "serving"
+        why = attached.why if process is None else process.reason
+        if status is not None and serving:
+            why = why or stalls.reason(status.stalled_s)
         record = attached.record
         socket = self._directories.nbd_socket(name)
         uri = nbd_uri(name, socket)
@@ -180,7 +183,7 @@ class Registry:
         return Disk(
             name=name,
             state="refused" if process is None else process.state,
-            reason=attached.why if process is None else process.reason,
+            reason=why,
             location=status.location if status else record.location if record else None,
             size=status.size if status else None,
             read_only=record.read_only if record else False,
@@ -421,8 +424,12 @@ class Registry:
         for name, attached in self._disks.items():
             process = attached.process
             if shown(name) and process is not None and process.pid is not None:
-                requests = process.status.requests if process.status is not None else {}
-                processes[name] = metrics.Process(process.pid, requests)
+                status = process.status
+                processes[name] = metrics.Process(
+                    process.pid,
+                    {} if status is None else status.requests,
+                    process.stalled_s,
+                )
         return await asyncio.to_thread(metrics.render, disks, jobs, processes)
 
     async def jobs(self, disk: str | None) -> list[Job]:

@@ -86,6 +86,7 @@ class DiskProcess:
         self.reason: str | None = None
         self.problem: Problem | None = None
         self.status: DiskStatus | None = None
+        self._silent_since_s = 0.0  # when it was asked first what it has not answered
         self.pid: int | None = None
         self.settled = asyncio.Event()  # serving, refused or detached for the first time
         self._directories = directories
@@ -160,15 +161,27 @@ class DiskProcess:
         channel = self._channel
         if channel is None:
             return None
+        clock = asyncio.get_running_loop().time
+        asked_s = clock()
         try:
             self.status = await channel.call("status", DiskStatus, deadline_s=STATUS_DEADLINE_S)
         except TimeoutError:
-            self.reason = f"its process has not answered for {STATUS_DEADLINE_S:.0f} s"
+            self._silent_since_s = self._silent_since_s or asked_s
+            silent_s = clock() - self._silent_since_s
+            self.reason = f"its process has not answered for {silent_s:.0f} s: its storage may hang"
             return None
         except ChannelClosedError:
             return None  # it died this instant: `keep` says so
+        self._silent_since_s = 0.0
         self.reason = None
         return self.status
+
+    @property
+    def stalled_s(self) -> float:
+        """For how long guests have had no answer, as far as is known."""
+        if self._silent_since_s:
+            return asyncio.get_running_loop().time() - self._silent_since_s
+        return 0.0 if self.status is None else self.status.stalled_s
 
     def end_now(self) -> None:
         """Kill the process and start no other: `keep` returns."""

@@ -22,6 +22,7 @@ from tests.daemon import Daemon
 from tests.faulty_storage import SECTOR_BYTES, faulty_device, faulty_file, small_file_system
 from tests.helpers import eventually, require_program
 from tests.nbd_probe import Probe
+from tests.nbd_writer import WRITE, Client, content
 
 SIZE = 16 * MIB
 SLOW = "4MiB"  # a move that is still copying when the test looks
@@ -259,11 +260,12 @@ def test_storage_that_does_not_answer_holds_up_nobody_else(
         file.truncate(SIZE)
     with faulty_file(tmp_path, backing) as storage:
         daemon.expect_log("location hangs")
-        daemon.attach("stuck", storage.path)
+        guest = Client(daemon.attach("stuck", storage.path), "stuck")
         daemon.attach("vm", disk)
         time.sleep(forgotten_pause_s)
         with storage.away():
             began = time.monotonic()
+            guest.send(WRITE, 1, 0, 4096, content(0, 1))
             for number in range(OTHERS):
                 other = tmp_path / f"other-{number}.raw"
                 other.write_bytes(bytes(MIB))
@@ -271,6 +273,11 @@ def test_storage_that_does_not_answer_holds_up_nobody_else(
             daemon.move("vm", tmp_path / "moved.raw")
             daemon.wait("vm")
             took_s = time.monotonic() - began
+            eventually(lambda: daemon.json("show", "stuck")["reason"], what="it is told of")
+            assert "storage may hang" in daemon.json("show", "stuck")["reason"]
+        assert guest.receive() == (1, 0)
+        guest.close()
+        eventually(lambda: not daemon.json("show", "stuck")["reason"], what="it is over")
         assert took_s < LOOK_DEADLINE_S + OTHERS
         daemon.json("detach", "stuck")
 

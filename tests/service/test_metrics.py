@@ -101,7 +101,8 @@ def test_requests() -> None:
     buckets[3], buckets[14], buckets[15], buckets[40] = 1, 2, 4, 8  # 8 ns, 16 µs, 33 µs, 18 min
     count = RequestCount(buckets, 1.5, 4096, 3)
     none = RequestCount([], 0.0, 0, 0)
-    told = samples([], [], {"vm": Process(NOBODY, {"read": count, "write": none})})
+    told = samples([], [], {"vm": Process(NOBODY, {"read": count, "write": none}, 2.5)})
+    assert told["mirrord_disk_stalled_seconds disk=vm"] == 2.5
     name, labels = "mirrord_disk_request_seconds", "disk=vm kind=read"
     bounds = {
         float(key.rpartition("le=")[2]): value
