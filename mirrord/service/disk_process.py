@@ -123,17 +123,13 @@ class DiskProcess:
     def confirm(self) -> None:
         """Make an attach true, now that its disk is open. Durable on return.
 
-        The record of an older version, which doesn't know what was opened, learns it.
+        A record of an earlier boot, or of an older version, learns what was opened now.
         """
         directory = self._directories.disk(self._name)
         attached = (directory / "disk.json").exists()
-        if attached and (self._mover.identity is None or self._record.identity is not None):
-            return
-        if attached and self._mover.moving:
-            return  # the record may be of the source, and the disk in the target
-        opened = msgspec.structs.replace(
-            self._record, location=self._mover.location, identity=self._mover.identity
-        )
+        opened = self._mover.record()
+        if attached and (opened == self._record or self._mover.moving):
+            return  # while it moves the record may be of the source, and the disk in the target
         state.write_record(directory / "disk.json", opened)
         if not attached:
             (directory / "attach.json").unlink()

@@ -135,9 +135,21 @@ class Mover:
                 log.warning("part left over %s", about)
 
     def _is_what_was_served(self, found: Identity) -> bool:
-        """Tell whether this may be what the record knows. It may have grown while unserved."""
-        known = self._record.identity
-        return known is None or dataclasses.replace(known, size=found.size).is_still(found)
+        """Tell whether this may be what the record knows. It may have grown while unserved.
+
+        Over a boot a file is believed: not every file system (FUSE) numbers it as before.
+        """
+        known, boot = self._record.identity, self._record.boot
+        same_boot = bool(boot) and boot == read_boot_id()
+        if known is None or (known.kind == "file" and not same_boot):
+            return True
+        return dataclasses.replace(known, size=found.size).is_still(found)
+
+    def record(self) -> DiskRecord:
+        """Return the disk's record as it has to be now."""
+        return msgspec.structs.replace(
+            self._record, location=self.location, identity=self.identity, boot=read_boot_id()
+        )
 
     @property
     def identity(self) -> Identity | None:
@@ -268,13 +280,7 @@ class Mover:
     async def _moved(self, root: str | None, location: str) -> None:
         """Make it durable that the disk is at `location` now, and show it."""
         self._place = self._places.make(location, self.disk.size, root)
-        self._record = msgspec.structs.replace(
-            self._record,
-            location=location,
-            size=self.disk.size,
-            root=root,
-            identity=self.identity,
-        )
+        self._record = msgspec.structs.replace(self.record(), size=self.disk.size, root=root)
         path = self._directories.disk(self._record.name) / "disk.json"
         await asyncio.to_thread(state.write_record, path, self._record)
 

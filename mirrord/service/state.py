@@ -48,8 +48,10 @@ class DiskRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     read_only: bool = False
     size: int | None = None  # once it was moved: the guest's, which a larger device doesn't change
     root: str | None = None  # the location was granted below it, and is never looked for elsewhere
-    # What was opened there, of a file or a block device; None too in a record of an older version.
+    # What was opened there, of a file or a block device, and on which boot; None too in a record
+    # of an older version.
     identity: Identity | None = None
+    boot: str | None = None
     version: int = VERSION
 
 

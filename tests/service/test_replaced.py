@@ -104,9 +104,25 @@ def test_a_disk_may_grow_while_nobody_serves_it(daemon: Daemon, disk: Path) -> N
 def test_a_record_of_an_older_version_learns_what_it_is_of(daemon: Daemon, disk: Path) -> None:
     daemon.attach("vm", disk)
     path = daemon.state / "disks/vm/disk.json"
-    record = json.loads(path.read_text())
-    known = record.pop("identity")
+    before = json.loads(path.read_text())
+    known = before["identity"]
     assert (known["inode"], known["size"]) == (disk.stat().st_ino, 4 * MIB)
-    path.write_text(json.dumps(record))
+    older = {key: value for key, value in before.items() if key not in ("identity", "boot")}
+    path.write_text(json.dumps(older))
     daemon.json("upgrade", "vm", "--force")
-    assert json.loads(path.read_text())["identity"] == known
+    assert json.loads(path.read_text()) == before
+
+
+def test_after_a_boot_a_file_is_believed(daemon: Daemon, disk: Path) -> None:
+    """There are file systems that give other numbers to their files then."""
+    daemon.attach("vm", disk)
+    path = daemon.state / "disks/vm/disk.json"
+    before = json.loads(path.read_text())
+    daemon.kill()
+    daemon.kill_disk("vm")
+    path.write_text(json.dumps({**before, "boot": "another"}))
+    replace(disk)
+    daemon.start()
+    assert daemon.json("show", "vm")["state"] == "serving"
+    now = json.loads(path.read_text())
+    assert (now["boot"], now["identity"]["inode"]) == (before["boot"], disk.stat().st_ino)
