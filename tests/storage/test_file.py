@@ -20,6 +20,7 @@ from mirrord.storage.backend import Cache
 from mirrord.storage.file import FileBackend
 from mirrord.storage.file_place import FilePlace
 from mirrord.storage.fileio import FileIo, open_io
+from tests.helpers import eventually_async
 from tests.storage.conformance import pattern
 from tests.storage.places import allocated_bytes, make_file
 
@@ -356,7 +357,10 @@ async def test_descriptors_are_all_given_back(tmp_path, some_io) -> None:
         await backend.read_stored(0, 5000)
         await backend.write(4999, b"x")
         await backend.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    # A thread of an earlier test may have one open for a moment; a lost one stays.
+    await eventually_async(
+        lambda: len(os.listdir("/proc/self/fd")) <= before, what="all are given back"
+    )
 
 
 MODEL_BYTES = 3 * 4096 + 700  # not a whole number of blocks: the last page has its own path
