@@ -227,8 +227,7 @@ def note_untold(directories: Directories, job_id: str) -> None:
 
 def note_told(directories: Directories, job_id: str) -> None:
     """Note that a program is told now: whatever happens, it won't be again."""
-    with contextlib.suppress(OSError):  # it may be told twice, then
-        (directories.job(job_id) / _UNTOLD).unlink()
+    (directories.job(job_id) / _UNTOLD).unlink(missing_ok=True)
 
 
 def drop_old(directories: Directories, ended: list[Job], keep: int, days: int) -> list[str]:

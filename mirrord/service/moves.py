@@ -371,6 +371,8 @@ class Moves:
 
     def disk_ready(self, status: DiskStatus) -> None:
         """A process has come up: it knows what has become of its disk's job."""
+        if self._stopped:
+            return
         if status.job is not None:
             self.job_changed(status.job)
         known = None if status.job is None else status.job.id
@@ -419,8 +421,14 @@ class Moves:
             log.warning("outcome not written %s", move.about(error=error))
 
     def _notify(self, move: Move) -> None:
-        told = partial(history.note_told, self._directories, move.job.id)
-        self._notifier.ended(move.job, told)
+        if not self._stopped:  # else the next daemon tells
+            self._notifier.ended(move.job, partial(self._note_told, move))
+
+    def _note_told(self, move: Move) -> None:
+        try:
+            history.note_told(self._directories, move.job.id)
+        except OSError as error:
+            log.warning("a program may be told twice %s", move.about(error=error))
 
     def conclude(self, move: Move, phase: PhaseName, reason: str) -> None:
         """End a job that no disk process will end."""
