@@ -77,7 +77,7 @@ CANCELLED = [
 ]
 PROTOCOL = {"cutover": MOVED, "cancel": CANCELLED}
 # What a failed step makes a daemon tell its log.
-TOLD = r"WARNING outcome not written"
+TOLD = r"WARNING (outcome not written|a program may be told twice)"
 # What a job that has ended keeps, what it had before, and what a death while that was made leaves.
 ENDED_FILES = {"job.json", "ended.json"}
 JOB_FILES = {"log", "lock", "dirty", "map", "story", "story.new"} | {

@@ -6,6 +6,7 @@ the errors, real processes meet them. Every phase and corner of the same faults:
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -50,7 +51,13 @@ def fill_up(place: Path, leaving: int = 0) -> Path:
     """Use up a file system but for so many bytes; return the file that does."""
     ballast = place / "ballast"
     found = os.statvfs(place)
-    ballast.write_bytes(bytes(found.f_bavail * found.f_bsize - leaving))
+    left = found.f_bavail * found.f_bsize - leaving
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while left > 0:
+                left -= file.write(bytes(left))
+        except OSError as error:  # others took of it meanwhile
+            assert error.errno == errno.ENOSPC
     return ballast
 
 
