@@ -56,8 +56,9 @@ def fill_up(place: Path, leaving: int = 0) -> Path:
         try:
             while left > 0:
                 left -= file.write(bytes(left))
-        except OSError as error:  # others took of it meanwhile
-            assert error.errno == errno.ENOSPC
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # as others took of it meanwhile
+                raise
     return ballast
 
 
