@@ -8,7 +8,9 @@ a disk better, the mount or smb://, and why.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import msgspec
 
 from mirrord import display
 from mirrord.control.client import Client
+from mirrord.control.messages import Service
 from mirrord.errors import MirrordError, NoDaemonError, RefusedError, UsageError
 from mirrord.service import checks, host_checks, record_checks, storage_checks
 from mirrord.service.checks import Check
@@ -26,6 +29,7 @@ from mirrord.service.places import check_location, is_share
 from mirrord.service.state import Directories
 
 EXIT_PROBLEM = 1
+ANSWER_S = 15.0  # a daemon that takes longer to list its disks hangs
 NAME_COLUMNS = 12  # longer names are those of shares
 INDENT = " " * 9  # what levels take
 CONTINUED = INDENT + "  "
@@ -65,9 +69,10 @@ def diagnose(
         for section, share in settings.smb.items()
         if credentials[section].level != "problem"
     }
+    daemon, service = check_daemon(settings, socket)
     directories = Directories(
-        Path(settings.state_dir or default_state_dir()),
-        Path(settings.runtime_dir or default_runtime_dir()),
+        Path(service.state_dir if service else settings.state_dir or default_state_dir()),
+        Path(service.runtime_dir if service else settings.runtime_dir or default_runtime_dir()),
     )
     known = record_checks.recall(directories)
     roots = {Path(r) for grant in settings.grant for r in grant.roots if not is_share(r)}
@@ -81,7 +86,7 @@ def diagnose(
         host_checks.check_clock(),
         host_checks.check_systemd(),
         read,
-        check_daemon(settings, socket),
+        daemon,
         checks.check_state(directories.state, mounts),
         *record_checks.check_records(directories, known),
         *storage_checks.check_folders({*folders, *_state_folder(directories)}, mounts, known.disks),
@@ -98,33 +103,39 @@ def _folder(place: str) -> Path:
     if is_share(place):
         raise UsageError(f"{place} lies on a share: 'mirrord credential test {place}' looks at it")
     path = Path(check_location(str(Path(place).absolute())))
-    return path.parent if path.exists() and not path.is_dir() else path
+    try:
+        is_folder = stat.S_ISDIR(checks.look_at(os.stat, path).st_mode)
+    except OSError:  # which is told when it is looked at as a folder
+        return path
+    return path if is_folder else path.parent
 
 
 def _state_folder(directories: Directories) -> list[Path]:
     """Return the state directory, if a daemon has made it: its journals need a flush, too."""
-    return [directories.state] if directories.state.is_dir() else []
+    try:
+        checks.look_at(os.stat, directories.state)
+    except OSError as error:
+        return [directories.state] if isinstance(error, TimeoutError) else []
+    return [directories.state]
 
 
-def check_daemon(config: Config, socket: Path | None) -> Check:
-    """Look whether a daemon answers where a client would look for it."""
+def check_daemon(config: Config, socket: Path | None) -> tuple[Check, Service | None]:
+    """Look whether a daemon answers where a client would look for it, and what it says."""
     runtime = Path(config.runtime_dir or default_runtime_dir())
     address = (socket or Path(config.socket or runtime / "control.sock")).absolute()
     try:
-        client = Client(address)
-        try:
-            served = len(client.disks())
-        finally:
-            client.close()
+        with contextlib.closing(Client(address, deadline_s=ANSWER_S)) as client:
+            served, service = len(client.disks()), client.service()
     except NoDaemonError:
         start = "start one: systemctl start mirrord, or mirrord daemon"
-        return Check("daemon", "advice", f"no daemon answers at {address}", start)
+        return Check("daemon", "advice", f"no daemon answers at {address}", start), None
     except RefusedError as error:
-        return Check("daemon", "advice", str(error), "it runs; ask as a user who may")
+        return Check("daemon", "advice", str(error), "it runs; ask as a user who may"), None
     except MirrordError as error:
-        return Check("daemon", "problem", str(error), "look at its log: journalctl -u mirrord")
+        advice = "look at its log: journalctl -u mirrord"
+        return Check("daemon", "problem", str(error), advice), None
     disks = "1 disk" if served == 1 else f"{served} disks"
-    return Check("daemon", "ok", f"the daemon at {address} serves {disks}")
+    return Check("daemon", "ok", f"the daemon at {address} serves {disks}"), service
 
 
 def describe(found: Diagnosis, columns: int | None = None) -> str:

@@ -25,6 +25,7 @@ from mirrord.control.messages import (
     LimitRequest,
     MoveRequest,
     Problem,
+    Service,
 )
 from mirrord.control.sockets import check_socket_path
 from mirrord.errors import MirrordError, NoDaemonError, RefusedError, UsageError
@@ -69,6 +70,10 @@ class Client:
     def close(self) -> None:
         """Hang up. Idempotent."""
         self._connection.close()
+
+    def service(self) -> Service:
+        """Return what the daemon says of itself."""
+        return self._ask("GET", "/v1/service", Service)
 
     def disks(self) -> list[Disk]:
         """Return every disk, by name."""

@@ -66,6 +66,15 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
     weaknesses: list[str] = msgspec.field(default_factory=list)  # what its settings allow
 
 
+class Service(msgspec.Struct, frozen=True, kw_only=True):
+    """The daemon that answers."""
+
+    version: str
+    state_dir: str  # where it keeps what has to survive a reboot
+    runtime_dir: str  # where its sockets are, and those of its disks
+    nbd_dir: str  # where disk NAME is served: at NAME.sock
+
+
 class Disk(msgspec.Struct, frozen=True, kw_only=True):
     """One disk, as `ls` and `show` print it."""
 

@@ -20,6 +20,7 @@ from mirrord.control.messages import (
     LimitRequest,
     MoveRequest,
     Problem,
+    Service,
 )
 
 STEERING = ("pause", "resume", "cancel", "cutover")
@@ -57,6 +58,7 @@ class Operation:
 
 
 OPERATIONS = (
+    Operation("service", "GET", "/v1/service", "The daemon, and where it keeps things.", Service),
     Operation("disks", "GET", "/v1/disks", "Every disk, by name.", list[Disk]),
     Operation("attach", "POST", "/v1/disks", "Serve a location as a disk.", Disk, 201,
               AttachRequest),

@@ -32,6 +32,7 @@ from mirrord.control.messages import (
     LimitRequest,
     MoveRequest,
     Problem,
+    Service,
 )
 from mirrord.control.operations import OPERATIONS, STEERING, Operation, openapi
 from mirrord.control.sockets import Peer, peer
@@ -74,6 +75,7 @@ _STATUSES = {"forbidden": 403, "unknown-disk": 404, "unknown-job": 404}
 class Api(Protocol):
     """What the control interface offers. All may raise `MirrordError`."""
 
+    async def service(self) -> Service: ...
     async def disks(self) -> list[Disk]: ...
     async def disk(self, name: str) -> Disk: ...
     async def attach(self, request: AttachRequest) -> Disk: ...
@@ -213,6 +215,9 @@ class ControlServer:
         assert server is not None
         transports = (each.transport for each in server.connections)
         return [peer(each.get_extra_info("socket")) for each in transports if each is not None]
+
+    async def _service(self, api: Api, request: web.Request) -> web.Response:
+        return _answer(await api.service())
 
     async def _disks(self, api: Api, request: web.Request) -> web.Response:
         return _answer(await api.disks())

@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 
 from mirrord.control.client import Client
-from mirrord.control.messages import AttachRequest, Disk
+from mirrord.control.messages import AttachRequest, Disk, Service
 from mirrord.core.units import NAME_LENGTH_MAX, format_bytes
 from mirrord.errors import RefusedError
 from mirrord.libvirt.domains import Domain, Host
@@ -71,11 +71,11 @@ class _Wanted:
     name: str
     disk: Disk | None
 
-    def planned(self, sockets: Path) -> Served:
-        """Return how it will be served."""
+    def planned(self, service: Service) -> Served:
+        """Return how the daemon will serve it."""
         if self.disk is not None:
             return _served(self.disk)
-        return Served(self.name, str(sockets / f"{self.name}.sock"), self.path)
+        return Served(self.name, f"{service.nbd_dir}/{self.name}.sock", self.path)
 
 
 def import_disks(
@@ -111,8 +111,8 @@ def import_disks(
     advice = [] if reconnect or not wanted else [_without_reconnect(name)]
     diff = None
     if dry_run:
-        sockets = Path(_socket(known[0])).parent if known else client.path.parent / "nbd"
-        served = {target: one.planned(sockets) for target, one in wanted.items()}
+        service = client.service()
+        served = {target: one.planned(service) for target, one in wanted.items()}
         shown = domain.shown_xml()
         diff = difference(shown, redirect(shown, served, reconnect=reconnect), f"{name}.xml")
     else:

@@ -1,18 +1,21 @@
 """What `mirrord doctor` looks at: the configuration, the state directory, shares, libraries.
 
-Each check is one function that changes nothing. None raises, and none waits for another host.
-Heavy modules are only imported when the configuration asks for what they are needed for.
+Each check is one function that changes nothing. None raises, and none waits for long: storage
+that hangs is a finding (`look_at_all`). Heavy modules are only imported when the configuration asks
+for what they are needed for.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -33,7 +36,10 @@ _GCM_PROBE_BYTES = 1 << 20
 _GCM_RATE_MIN = 256 << 20  # below this the processor has no instructions for it
 
 
+LOOK_DEADLINE_S = 5.0
+
 Level = Literal["ok", "advice", "problem"]
+T = TypeVar("T")
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -43,6 +49,46 @@ class Check(msgspec.Struct, frozen=True):
     level: Level
     text: str
     advice: str = ""
+
+
+def look_at_all(look: Callable[[Path], T], places: Iterable[Path]) -> dict[Path, T | OSError]:
+    """Return what `look` says of each place, all at once; a TimeoutError where it hangs.
+
+    A look that hangs is left behind in its thread.
+    """
+    looks = {place: _begun(look, place) for place in places}
+    wait(looks.values(), LOOK_DEADLINE_S)
+    said: dict[Path, T | OSError] = {}
+    for place, future in looks.items():
+        try:
+            said[place] = future.result(0)
+        except TimeoutError:
+            said[place] = TimeoutError(f"no answer within {LOOK_DEADLINE_S:.0f} s")
+        except OSError as error:
+            said[place] = error
+    return said
+
+
+def look_at(look: Callable[[Path], T], place: Path) -> T:
+    """Return what `look` says of a place. Raises OSError, TimeoutError where it hangs."""
+    said = look_at_all(look, [place])[place]
+    if isinstance(said, OSError):
+        raise said
+    return said
+
+
+def _begun(look: Callable[[Path], T], place: Path) -> Future[T]:
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(look(place))
+        except BaseException as error:
+            future.set_exception(error)
+
+    # No executor: its threads are waited for at the end. These may stay for ever.
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def check_state(directory: Path, mounts: Sequence[Mount]) -> Check:

@@ -20,6 +20,7 @@ from mirrord.control.messages import (
     Job,
     LimitRequest,
     MoveRequest,
+    Service,
 )
 from mirrord.control.server import Api
 from mirrord.control.sockets import Peer
@@ -71,6 +72,9 @@ class View(Api):
         self._uid = uid
         self._operation = operation
         self._rights = rights
+
+    async def service(self) -> Service:
+        return self._registry.service()
 
     async def disks(self) -> list[Disk]:
         return [disk for disk in await self._registry.disks() if self._covers(disk.name)]

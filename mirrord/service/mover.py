@@ -48,7 +48,7 @@ _EFFECT: dict[str, Callable[[Job], bool]] = {
     "pause": lambda job: job.ended_already or job.phase == "paused",
     "resume": lambda job: job.phase not in ("paused", "degraded"),
     "cancel": lambda job: job.ended_already,
-    "cutover": lambda job: True,
+    "cutover": lambda job: job.phase != "mirroring",
     "limit": lambda job: True,
 }
 
@@ -74,6 +74,7 @@ class Mover:
         self._cache = Cache(record.cache)
         self._places = PlaceFactory(shares)
         self._place: Place
+        self._placed: Backend | None = None  # what `_place` names: a switch runs ahead of it
         self._job: EngineJob | None = None
         self._job_record: JobRecord | None = None
         self._last: Job | None = None  # the last one that ended
@@ -126,6 +127,7 @@ class Mover:
                     "that back, or, to serve what is there, detach the disk and attach it again",
                 )
             self.disk = Disk(self._record.name, backend, read_only=self._record.read_only)
+            self._placed = backend
         for record in unborn:  # C0: what a start that came to no record may have left
             try:
                 async with asyncio.timeout(DISCARD_S):
@@ -143,7 +145,7 @@ class Mover:
         same_boot = bool(boot) and boot == read_boot_id()
         if known is None or (known.kind == "file" and not same_boot):
             return True
-        return dataclasses.replace(known, size=found.size).is_still(found)
+        return dataclasses.replace(known, size=found.size).is_still(found, same_boot=same_boot)
 
     def record(self) -> DiskRecord:
         """Return the disk's record as it has to be now."""
@@ -153,8 +155,12 @@ class Mover:
 
     @property
     def identity(self) -> Identity | None:
-        """What the disk's bytes are in now; None on a share, whose server tells of another."""
-        return None if is_share(self.location) else self.disk.backend.identity
+        """What lies at `location`; None on a share, whose server tells of another.
+
+        None as well in the moment between a move's switch and `location` saying so.
+        """
+        known = self._placed is self.disk.backend and not is_share(self.location)
+        return self.disk.backend.identity if known else None
 
     def _find_jobs(self) -> tuple[JobRecord | None, list[JobRecord]]:
         """Return the disk's unfinished job, and those that never came to their first record."""
@@ -193,6 +199,7 @@ class Mover:
         self.disk = recovered.disk
         committed = recovered.location == places.target.location
         self._place = places.target if committed else places.source
+        self._placed = self.disk.backend
         if recovered.job is None:
             await store.close()
             ended = await asyncio.to_thread(history.read_job, self._directories, record.id)
@@ -280,6 +287,7 @@ class Mover:
     async def _moved(self, root: str | None, location: str) -> None:
         """Make it durable that the disk is at `location` now, and show it."""
         self._place = self._places.make(location, self.disk.size, root)
+        self._placed = self.disk.backend
         self._record = msgspec.structs.replace(self.record(), size=self.disk.size, root=root)
         path = self._directories.disk(self._record.name) / "disk.json"
         await asyncio.to_thread(state.write_record, path, self._record)

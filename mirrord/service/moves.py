@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import datetime
 import logging
+import time
 import uuid
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +28,7 @@ import msgspec
 
 from mirrord.control.messages import DiskStatus, Job, LimitRequest, MoveRequest, PhaseName
 from mirrord.errors import DamagedError, MirrordError, RefusedError
-from mirrord.service import history, scheduler, state
+from mirrord.service import history, scheduler, stalls, state
 from mirrord.service.config import Config
 from mirrord.service.logs import Fields, fields
 from mirrord.service.looks import Looks
@@ -72,6 +73,7 @@ class Move:
         self.job = job
         self.standing = standing
         self.starting = False
+        self.start_s = time.monotonic()  # when it was asked for, or begun later
 
     def about(self, **more: object) -> Fields:
         """Return what each log line about a job says, and `more`."""
@@ -186,10 +188,13 @@ class Moves:
         return matching[0]
 
     def _shown(self, move: Move) -> Job:
-        if move.standing != "queued" or move.starting:
+        if move.standing != "queued":
             return move.job
-        running = [each.record.disk for each in self._running()]
-        reason = scheduler.waits_for(move.record.disk, running, self._config.max_moves)
+        if move.starting:
+            reason = stalls.reason_of_start(time.monotonic() - move.start_s)
+        else:
+            running = [each.record.disk for each in self._running()]
+            reason = scheduler.waits_for(move.record.disk, running, self._config.max_moves)
         return msgspec.structs.replace(move.job, reason=reason)
 
     async def _refresh_running(self) -> None:
@@ -354,7 +359,7 @@ class Moves:
             except RefusedError:
                 continue  # a refused disk: its move stays queued and says so
             if process.serving and not process.outdated:  # else it waits for the upgrade
-                move.starting = True
+                move.starting, move.start_s = True, time.monotonic()
                 self._group.create_task(self._start_queued(move), name=f"start {job_id}")
 
     async def _start_queued(self, move: Move) -> None:

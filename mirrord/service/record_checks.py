@@ -20,11 +20,11 @@ from mirrord.core.units import format_bytes
 from mirrord.engine.request import dirty_bytes_for
 from mirrord.errors import DamagedError
 from mirrord.service import history, state
-from mirrord.service.checks import Check
+from mirrord.service.checks import Check, look_at, look_at_all
 from mirrord.service.mounts import Mount
 from mirrord.service.places import is_share
 from mirrord.service.state import Directories, DiskRecord, JobRecord
-from mirrord.service.storage_checks import available_bytes, is_elsewhere, sizes
+from mirrord.service.storage_checks import available_bytes, is_elsewhere, look_at_disks
 
 _LEFT = re.compile(r"\..*\.mirrord-([0-9a-f-]{36})\.(part|retired)")
 LEFTOVERS_SHOWN = 20  # each with what to do; of more, their number is told
@@ -62,6 +62,13 @@ def _folders(locations: Iterable[str]) -> set[Path]:
 
 def recall(directories: Directories) -> Remembered:
     """Read the state directory; a daemon may be at work there."""
+    try:
+        return look_at(lambda _: _recall(directories), directories.state)
+    except TimeoutError as error:
+        return Remembered(unreadable=f"{directories.state} hangs: {error}")
+
+
+def _recall(directories: Directories) -> Remembered:
     found = Remembered()
     try:
         names, job_ids = directories.disk_names(), directories.job_ids()
@@ -124,7 +131,7 @@ def check_records(directories: Directories, found: Remembered) -> list[Check]:
 
 def _check_room(directory: Path, found: Remembered) -> list[Check]:
     """Look whether the journal and the maps of a move of the largest disk fit."""
-    largest = max((sizes(disk.location)[0] for disk in found.disks), default=0)
+    largest = max((file.st_size for file in look_at_disks(found.disks)), default=0)
     needed = CAPACITY_BYTES + map_bytes_for(largest) + dirty_bytes_for(largest)
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent
@@ -143,12 +150,9 @@ def check_leftovers(
 ) -> list[Check]:
     """Look for files that moves made under names of their own, and that no move needs any more."""
     left: list[tuple[Path, str, str]] = []
-    for folder in sorted(folders):
-        if is_elsewhere(folder, mounts):
-            continue
-        try:
-            names = os.listdir(folder)
-        except OSError:
+    here = sorted(folder for folder in folders if not is_elsewhere(folder, mounts))
+    for folder, names in look_at_all(os.listdir, here).items():
+        if isinstance(names, OSError):
             continue  # what is wrong with it is said elsewhere, if a disk lies there
         for name in sorted(names):
             if match := _LEFT.fullmatch(name):

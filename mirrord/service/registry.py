@@ -25,6 +25,7 @@ from mirrord.control.messages import (
     Job,
     LimitRequest,
     MoveRequest,
+    Service,
     Uris,
 )
 from mirrord.control.snippets import nbd_uri, snippets
@@ -146,6 +147,16 @@ class Registry:
         attached = self._disks[name] = _Attached(record, process, "")
         attached.task = self._group.create_task(process.keep(), name=f"disk {name}")
         return attached
+
+    def service(self) -> Service:
+        """Return what this daemon is, and where it keeps things."""
+        directories = self._directories
+        return Service(
+            version=mirrord.__version__,
+            state_dir=str(directories.state),
+            runtime_dir=str(directories.runtime),
+            nbd_dir=str(directories.nbd_socket("any").parent),
+        )
 
     # Disks.
 

@@ -57,6 +57,13 @@ class StallWatch:
             log.info("storage answers again %s", fields(disk=self._disk, after_s=round(before_s)))
 
 
+def reason_of_start(taking_s: float) -> str | None:
+    """Say that a move takes long to begin, if it does: it opens its target first."""
+    if taking_s < STALL_S:
+        return None
+    return f"it has been starting for {taking_s:.0f} s: the storage of its target may hang"
+
+
 def reason(stalled_s: float) -> str | None:
     """Say that a disk is stalled, if it is."""
     if stalled_s < STALL_S:

@@ -16,13 +16,15 @@ import mmap
 import os
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from mirrord.core.geometry import KIB
 from mirrord.core.units import format_bytes
-from mirrord.service.checks import REMOTE, VOLATILE, Check, Level
+from mirrord.service.checks import REMOTE, VOLATILE, Check, Level, look_at, look_at_all
 from mirrord.service.mounts import Mount, mount_of
+from mirrord.service.places import is_share
 from mirrord.service.state import DiskRecord
 from mirrord.storage import durable
 from mirrord.storage.carrying import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
@@ -31,6 +33,7 @@ FLUSHES = 4  # an honest one takes 0.1 to 10 ms
 # Nothing was sent to a device in less: ext4 that holds flushes back takes 26 µs, memory 0.3 µs.
 FLUSH_S_MIN = 10e-6
 PIECE_BYTES = 64 * KIB
+SECTOR_BYTES = 512  # of st_blocks, whatever the file system's are (stat(3type))
 NO_BARRIERS = ("nobarrier", "barrier=0")
 SYS = Path("/sys")
 
@@ -42,19 +45,24 @@ def check_folders(
     folders: Iterable[Path], mounts: Sequence[Mount], disks: Sequence[DiskRecord]
 ) -> list[Check]:
     """Look at each file system once, by the first of its folders."""
-    checks, seen = [], dict[int, Path]()
+    checks, seen, files = [], set[int](), look_at_disks(disks)
+    elsewhere = {folder for folder in folders if is_elsewhere(folder, mounts)}
+    found = look_at_all(os.stat, set(folders) - elsewhere)
     for folder in sorted(folders):
-        mount = mount_of(folder, mounts)
-        if is_elsewhere(folder, mounts):
+        if folder in elsewhere:
             text = f"{folder} is served by another host or program: not looked at"
             checks.append(Check("storage", "ok", text))
             continue
+        status = found[folder]
         try:
-            device = folder.stat().st_dev
-            if device in seen:
+            if isinstance(status, OSError):
+                raise status
+            if status.st_dev in seen:
                 continue
-            seen[device] = folder
-            checks.append(_check_system(folder, device, mount, disks))
+            seen.add(status.st_dev)
+            here = [file for file in files if file.st_dev == status.st_dev]
+            look = partial(_check_system, status.st_dev, mount_of(folder, mounts), here)
+            checks.append(look_at(look, folder))
         except OSError as error:
             checks.append(_refused(folder, error))
     return checks
@@ -68,6 +76,9 @@ def is_elsewhere(folder: Path, mounts: Sequence[Mount]) -> bool:
 
 def _refused(folder: Path, error: OSError) -> Check:
     """Say why a folder can't be looked at."""
+    if isinstance(error, TimeoutError):
+        text = f"{folder} hangs: {error.strerror or error}"
+        return Check("storage", "problem", text, "look at its storage: dmesg")
     text = f"{folder} can't be looked at ({error.strerror})"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return Check("storage", "problem", f"{folder} isn't there", "mount it, or make it")
@@ -94,7 +105,7 @@ class Abilities(NamedTuple):
 
 
 def _check_system(
-    folder: Path, device: int, mount: Mount | None, disks: Sequence[DiskRecord]
+    device: int, mount: Mount | None, files: Sequence[os.stat_result], folder: Path
 ) -> Check:
     able = try_folder(folder, device, mount)
     kind = "an unknown file system" if mount is None else mount.kind
@@ -107,7 +118,7 @@ def _check_system(
     ]
     text = f"{folder}: {kind}, {format_bytes(available)} free; {', '.join(has)}"
     lie = _lie(able, mount)
-    growth = sum(max(0, size - taken) for size, taken in (sizes(d.location, device) for d in disks))
+    growth = sum(max(0, file.st_size - file.st_blocks * SECTOR_BYTES) for file in files)
     findings = {
         f"{lie}: a power cut loses what guests were told is durable": bool(lie),
         "a reboot empties it: a disk belongs elsewhere": kind in VOLATILE,
@@ -274,12 +285,8 @@ def available_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def sizes(location: str, device: int | None = None) -> tuple[int, int]:
-    """Return a file's size and what it takes; nothing of one on another device."""
-    try:
-        status = os.stat(location)
-    except OSError:
-        return 0, 0
-    if device is not None and status.st_dev != device:
-        return 0, 0
-    return status.st_size, status.st_blocks * 512
+def look_at_disks(disks: Iterable[DiskRecord]) -> list[os.stat_result]:
+    """Return what the system says of each file or device that is there and answers."""
+    paths = {Path(disk.location) for disk in disks if not is_share(disk.location)}
+    found = look_at_all(os.stat, paths).values()
+    return [status for status in found if not isinstance(status, OSError)]

@@ -31,6 +31,11 @@ ZSH_DEFINES_OR_RUNS = f"""if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
 else
   {ZSH_DEFINES}
 fi"""
+# Where nothing is proposed, fish has to be left to propose paths: `is-args` is always true.
+FISH_ASKS = "ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) mirrord"
+FISH_LOOKS = (
+    "ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) mirrord | string length --quiet"
+)
 
 
 def pages() -> Iterator[tuple[str, str]]:
@@ -194,7 +199,8 @@ def completions() -> Iterator[tuple[str, str]]:
         script = get_completion_script(
             prog_name="mirrord", complete_var=COMPLETE_VARIABLE, shell=shell
         )
-        yield f"{shell}/{file}", script.replace(ZSH_DEFINES, ZSH_DEFINES_OR_RUNS) + "\n"
+        script = script.replace(ZSH_DEFINES, ZSH_DEFINES_OR_RUNS).replace(FISH_ASKS, FISH_LOOKS)
+        yield f"{shell}/{file}", script + "\n"
 
 
 def main() -> None:

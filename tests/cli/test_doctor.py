@@ -120,6 +120,12 @@ def test_the_daemon_answers(daemon: Daemon, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["mirrord.toml", "vm.raw"], "nothing was changed"
 
 
+def test_the_daemon_knows_its_directories_best(daemon: Daemon, tmp_path: Path) -> None:
+    """They may have been named on its command line."""
+    done = daemon.run("doctor", "--config", "/dev/null")
+    assert re.search(rf"^\w+ +state +{daemon.state} is on ", done.stdout, re.M), done.stdout
+
+
 def test_a_daemon_that_does_not_answer_us(monkeypatch: pytest.MonkeyPatch, look: Look) -> None:
     for error, level in (
         (RefusedError("forbidden", "no"), "advice"),

@@ -21,6 +21,7 @@ from mirrord.control.messages import (
     Job,
     LimitRequest,
     MoveRequest,
+    Service,
     Uris,
 )
 from mirrord.control.server import ControlServer
@@ -28,6 +29,7 @@ from mirrord.control.sockets import Access, Peer, listen
 from mirrord.errors import RefusedError
 from tests.helpers import eventually_async
 
+SERVICE = Service(version="1", state_dir="/var/lib/x", runtime_dir="/run/x", nbd_dir="/run/x/n")
 DISK = Disk(
     name="vm", state="serving", reason=None, location="/vm.raw", size=1, read_only=False,
     cache="writeback", uris=Uris("nbd:"), clients=0, job=None,
@@ -54,6 +56,9 @@ class FakeApi:
         if self.trouble is not None:
             raise self.trouble
         return value
+
+    async def service(self) -> Service:
+        return self._answer(SERVICE, "service")
 
     async def disks(self) -> list[Disk]:
         return self._answer([DISK], "disks")

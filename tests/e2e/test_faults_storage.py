@@ -13,11 +13,16 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from mirrord.control import client as control
+from mirrord.control.messages import MoveRequest
 from mirrord.core.geometry import MIB
+from mirrord.errors import RefusedError
 from mirrord.service.looks import LOOK_DEADLINE_S
 from tests.daemon import Daemon
 from tests.faulty_storage import SECTOR_BYTES, faulty_device, faulty_file, small_file_system
@@ -266,7 +271,11 @@ def test_storage_that_does_not_answer_holds_up_nobody_else(
     backing = tmp_path / "backing.raw"
     with backing.open("wb") as file:
         file.truncate(SIZE)
-    with faulty_file(tmp_path, backing) as storage:
+    with (
+        ThreadPoolExecutor() as pool,
+        closing(control.Client(daemon.socket)) as asker,
+        faulty_file(tmp_path, backing) as storage,
+    ):
         daemon.expect_log("location hangs")
         guest = Client(daemon.attach("stuck", storage.path), "stuck")
         daemon.attach("vm", disk)
@@ -278,11 +287,20 @@ def test_storage_that_does_not_answer_holds_up_nobody_else(
                 other = tmp_path / f"other-{number}.raw"
                 other.write_bytes(bytes(MIB))
                 daemon.attach(f"other-{number}", other)
+            asking = pool.submit(asker.move, "other-0", MoveRequest(str(storage.path)))
             daemon.move("vm", tmp_path / "moved.raw")
             daemon.wait("vm")
             took_s = time.monotonic() - began
+            eventually(
+                lambda: [job["reason"] for job in daemon.json("jobs", "other-0") if job["reason"]],
+                what="it is told, too",
+            )
+            assert "target may hang" in daemon.json("jobs", "other-0")[0]["reason"]
             eventually(lambda: daemon.json("show", "stuck")["reason"], what="it is told of")
             assert "storage may hang" in daemon.json("show", "stuck")["reason"]
+        with pytest.raises(RefusedError, match="exists"):
+            asking.result()
+        assert daemon.json("jobs", "other-0") == []
         assert guest.receive() == (1, 0)
         guest.close()
         eventually(lambda: not daemon.json("show", "stuck")["reason"], what="it is over")

@@ -107,7 +107,7 @@ def zsh(pages: Path, words: list[str]) -> list[str]:
         f"put 'PS1=; fpath=({pages}/zsh $fpath); autoload -U compinit; compinit -u -D'\n"
         'put \'bindkey "^I" complete-word; zstyle ":completion:*" list-grouped false\'\n'
         'put \'zstyle ":completion:*" format ""; setopt list_rows_first; LISTMAX=9999\'\n'
-        "put 'print REA''DY'\n"
+        "put 'PS1=REA\"\"DY'\n"  # its editor shows it once it reads keys
         "zpty -r shell seen '*READY*'\n"
         f"zpty -n -w shell '{' '.join(words)}'$'\\t'\n"
         f"zpty -n -w shell $'\\x01print \"<\\x05>\" | cat -v; print EN''D\\n'\n"
@@ -144,6 +144,20 @@ def test_completion(
     assert "alpha" not in press(pages, ["mirrord", "show", "al"]), "of no daemon"
     monkeypatch.setenv("MIRRORD_SOCKET", str(daemon.socket))
     assert "alpha" in press(pages, ["mirrord", "show", "al"])
+
+
+@pytest.mark.parametrize("press", [fish, zsh])
+def test_completion_of_paths(
+    press: Callable[[Path, list[str]], list[str]],
+    pages: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bash completes them by itself where we propose nothing."""
+    monkeypatch.chdir(tmp_path)
+    Path("disk.raw").touch()
+    assert "disk.raw" in press(pages, ["mirrord", "attach", "vm", "di"])
+    assert "-o default" in (pages / "bash" / "mirrord").read_text()
 
 
 def test_what_is_installed_around_the_program(pages: Path, tmp_path: Path) -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mirrord.core.geometry import MIB
+from mirrord.service import state
+from mirrord.service.mover import Mover
+from mirrord.service.places import PlaceFactory
+from mirrord.service.state import Directories, DiskRecord
+from mirrord.storage.backend import Cache
 from tests.daemon import Daemon
-from tests.helpers import eventually
+from tests.helpers import eventually, require_loop_devices
 from tests.nbd_writer import Client, content
 from tests.service.test_restarts import write
+from tests.storage.places import loop_device
 
 
 @pytest.fixture
@@ -60,6 +67,45 @@ def test_what_was_lost_can_be_saved(
     saved = (tmp_path / "saved.raw").read_bytes()
     assert saved == before[: 3 * 4096] + content(3, 1) + before[4 * 4096 :]
     assert disk.exists() is (lose is replace), "a file that was never served is nobody's to delete"
+
+
+def test_another_device_is_not_served_to_the_same_guest(daemon: Daemon, tmp_path: Path) -> None:
+    """On the same boot its number is enough to know it, where it has no serial."""
+    require_loop_devices()
+    daemon.expect_log("restarting disk process", "disk refused")
+    path = tmp_path / "volume"
+    with (
+        loop_device(tmp_path, 4 * MIB) as first,
+        loop_device(tmp_path, 4 * MIB, sector_bytes=4096) as second,
+    ):
+        path.symlink_to(first)
+        daemon.attach("vm", path)
+        path.unlink()
+        path.symlink_to(second)
+        refused(daemon, "upgrade", "vm", "--force")
+        daemon.kill_disk("vm")
+        eventually(lambda: daemon.json("show", "vm")["state"] == "refused", what="it is refused")
+        assert f"{path} is not what disk vm" in daemon.json("show", "vm")["reason"]
+        daemon.json("detach", "vm")
+
+
+async def test_what_a_switch_has_left_is_not_looked_for_where_it_went(
+    disk: Path, tmp_path: Path
+) -> None:
+    """Between the switch and its record, the location is still the source's."""
+    target = PlaceFactory().make(str(shutil.copyfile(disk, tmp_path / "target.raw")))
+    record = DiskRecord("vm", str(disk))
+    directories = Directories(tmp_path / "state", tmp_path / "run")
+    state.prepare(directories)
+    mover = Mover(record, directories, on_change=lambda _: None)
+    await mover.open()
+    before = mover.disk.backend
+    assert mover.status(0).opened == (before.identity.device, before.identity.inode)
+    mover.disk.backend = await target.open(read_only=False, cache=Cache.WRITEBACK)
+    assert mover.status(0).opened is None
+    assert mover.record().identity is None
+    await before.close()
+    await mover.disk.backend.close()
 
 
 def test_what_was_lost_can_be_given_up(daemon: Daemon, disk: Path) -> None:

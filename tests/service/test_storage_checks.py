@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mirrord.core.geometry import MIB
-from mirrord.service import storage_checks
+from mirrord.service import checks, storage_checks
 from mirrord.service.checks import Check
 from mirrord.service.mounts import Mount, mount_of, read_mounts
 from mirrord.service.state import DiskRecord
@@ -123,13 +124,32 @@ def raising(error: OSError) -> object:
 
 def test_another_host_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is away would hang who asks."""
-    monkeypatch.setattr(Path, "stat", raising(OSError(errno.EIO, "asked")))
+    monkeypatch.setattr(storage_checks.os, "stat", raising(OSError(errno.EIO, "asked")))
     for kind in ("nfs4", "cifs", "fuse.sshfs"):
         mounts = [Mount("/", "/", "ext4", "/dev/x", {}), Mount("/", "/far", kind, "x:/y", {})]
         (check,) = check_folders([Path("/far/vms")], mounts, ())
         assert (check.level, check.text) == (
             "ok", "/far/vms is served by another host or program: not looked at",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("hanging", ["stat", "try_folder"])
+def test_storage_that_hangs_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hanging: str
+) -> None:
+    """A look that hangs ends, whether the first or a later one; so does one at a disk's file."""
+    monkeypatch.setattr(checks, "LOOK_DEADLINE_S", 0.2)
+    answered = threading.Event()
+    monkeypatch.setattr(
+        storage_checks if hanging == "try_folder" else storage_checks.os,
+        hanging,
+        lambda *_, **__: answered.wait(30),
+    )
+    try:
+        check = look(tmp_path, disks=(DiskRecord("vm", str(tmp_path / "vm.raw")),))
+    finally:
+        answered.set()
+    assert (check.level, check.text) == ("problem", f"{tmp_path} hangs: no answer within 0 s")
 
 
 ABLE = Abilities(True, True, True, 1e-3, None, "")
