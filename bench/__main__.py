@@ -122,7 +122,7 @@ def _report(name: str, asked: argparse.Namespace) -> bool:
         print(f"\n{name} is left out: {why}", file=sys.stderr)
         return True
     try:
-        with places.temporary(asked.folder, in_memory=scenario.in_memory) as folder:
+        with places.temporary(asked.folder, scenario) as folder:
             result = runner.measure(name, scenario, folder, pick(asked.rounds, 1))
     except Exception:
         traceback.print_exc()
@@ -153,7 +153,7 @@ def _compare(words: Sequence[str]) -> int:
         if why := scenario.refuse():
             raise compare.NothingToCompareError(f"{asked.scenario} can't run here: {why}")
         with (
-            places.temporary(asked.folder, in_memory=scenario.in_memory) as folder,
+            places.temporary(asked.folder, scenario) as folder,
             compare.worktrees(asked.before, asked.after) as trees,
         ):
             both = compare.of_trees(scenario, trees)

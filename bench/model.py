@@ -105,6 +105,7 @@ class Scenario:
     unit: str
     peers: dict[str, Measure]
     in_memory: bool = False  # unless a folder is asked for
+    small_pages: bool = False  # of that memory
     rounds: int | None = None
     less_is_better: tuple[str, ...] = ()  # patterns of rows
     targets: tuple[Target, ...] = ()

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bench.model import MIB, MissingPeerError
+from bench.model import MIB, MissingPeerError, Scenario
 
 LEFT_FREE_MIB = 512  # of the folder's file system, beside what a scenario needs
 
@@ -60,27 +60,28 @@ def check_space(folder: Path, need_mib: int) -> None:
 
 
 @contextlib.contextmanager
-def temporary(asked: Path | None, *, in_memory: bool) -> Iterator[Path]:
-    """A folder that is gone afterwards, in memory if that is wanted and root says so.
+def temporary(asked: Path | None, scenario: Scenario) -> Iterator[Path]:
+    """A folder that is gone afterwards, in memory if the scenario wants that and root says so.
 
-    Of huge pages: in small ones a tmpfs takes 30 ms a GiB to find the next hole, which no file
-    system of a real server does.
+    Of huge pages, as in small ones a tmpfs takes 30 ms a GiB to find the next hole, which no file
+    system of a real server does; or of small ones, as a huge one is zeroed in one go of 2 to 4 ms
+    at its first write, which none does, either.
     """
     with tempfile.TemporaryDirectory(prefix="mb-", dir=asked, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         with contextlib.ExitStack() as stack:
-            if in_memory and asked is None and os.geteuid() == 0:
+            if scenario.in_memory and asked is None and os.geteuid() == 0:
                 with contextlib.suppress(subprocess.CalledProcessError):
-                    stack.enter_context(in_ram(folder))
+                    stack.enter_context(in_ram(folder, huge=not scenario.small_pages))
             yield folder
 
 
 @contextlib.contextmanager
-def in_ram(folder: Path) -> Iterator[Path]:
-    """Mount a tmpfs of huge pages on a folder."""
+def in_ram(folder: Path, *, huge: bool = True) -> Iterator[Path]:
+    """Mount a tmpfs on a folder, of huge pages if they are wanted."""
     folder.mkdir(exist_ok=True)
-    mount = ("mount", "-t", "tmpfs", "-o", "huge=always,mode=755", "none", folder)
-    subprocess.run(mount, check=True)
+    options = f"huge={'always' if huge else 'never'},mode=755"
+    subprocess.run(("mount", "-t", "tmpfs", "-o", options, "none", folder), check=True)
     try:
         yield folder
     finally:

@@ -297,6 +297,7 @@ ALL: dict[str, Scenario] = {
             "its own disk's copy": _beside("own"),
         },
         in_memory=True,
+        small_pages=True,
         rounds=ROUNDS,
     ),
 }

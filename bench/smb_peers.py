@@ -61,7 +61,8 @@ class Peer(ABC):
 class Mirrord(Peer):
     """The backend as a disk process has it: on uvloop, what is there at the start frozen.
 
-    A guest's disk (`authoritative`) keeps every write until it is flushed; a move's target doesn't.
+    A guest's disk (`authoritative`) keeps every write until it is flushed. A move's target doesn't,
+    and has little in flight, so that others who use the server wait little.
     """
 
     def __init__(self, errand: Errand, *, authoritative: bool = True) -> None:
@@ -88,13 +89,15 @@ class Mirrord(Peer):
 
     def transfer(self, offsets: Iterator[int], length: int, depth: int, *, write: bool) -> None:
         disk, data = self._disk, os.urandom(length)
+        ours = disk.authoritative
+        put, get = (disk.write, disk.read) if ours else (disk.write_once, disk.read_once)
 
         async def work() -> None:
             for offset in offsets:
                 if write:
-                    await disk.write(offset, data)
+                    await put(offset, data)
                 else:
-                    await disk.read(offset, length)
+                    await get(offset, length)
 
         async def works() -> None:
             await asyncio.gather(*(work() for _ in range(depth)))

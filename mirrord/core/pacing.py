@@ -19,8 +19,7 @@ DEBT_MAX_S = 2.0
 WINDOW_MAX_BYTES = 64 * MIB
 # Waiting in a queue: below the first grow, above the second shrink (TCP Vegas has 1 and 3; four
 # chunks keep a disk busy while one finished chunk is being accounted for).
-QUEUE_LOW_CHUNKS = 1.0
-QUEUE_HIGH_CHUNKS = 4.0
+QUEUED_CHUNKS = (1.0, 4.0)
 # Fewer completions than this say nothing about latency.
 ROUND_CHUNKS_MIN = 4
 # A round that moved this much more than the one before it has proved that growing helps.
@@ -89,11 +88,18 @@ class Window:
     the least one seen. What is in flight beyond rate x least latency only waits in a queue
     (TCP Vegas: Brakmo and Peterson, 1995). A short queue, or a round that moved clearly more than
     the last, makes the window grow; a long one, which is latency that the guest suffers too,
-    makes it shrink. `latency_s` is the last round's mean, infinite before its end.
+    makes it shrink. `queued` are the lengths of queue that are short and long, in chunks.
+    `latency_s` is the last round's mean, infinite before its end.
     """
 
-    def __init__(self, chunk_bytes: int, max_bytes: int = WINDOW_MAX_BYTES) -> None:
+    def __init__(
+        self,
+        chunk_bytes: int,
+        max_bytes: int = WINDOW_MAX_BYTES,
+        queued: tuple[float, float] = QUEUED_CHUNKS,
+    ) -> None:
         self.chunk_bytes = chunk_bytes
+        self._short, self._long = (chunks * chunk_bytes for chunks in queued)
         self.max_bytes = max(chunk_bytes, max_bytes)
         self.bytes = min(self.max_bytes, 2 * chunk_bytes)  # one being read, one being written
         self.latency_s = float("inf")
@@ -132,11 +138,11 @@ class Window:
         gained = self._grew and rate > self._last_rate * GAIN
         self._last_rate = rate
         self._grew = False
-        if gained or queued < QUEUE_LOW_CHUNKS * self.chunk_bytes:
+        if gained or queued < self._short:
             # Half as much again: a round late is soon enough, and an error is soon undone.
             self.bytes = min(self.max_bytes, self.bytes + max(self.chunk_bytes, self.bytes // 2))
             self._grew = True
-        elif queued > QUEUE_HIGH_CHUNKS * self.chunk_bytes:
+        elif queued > self._long:
             self.bytes = max(self.chunk_bytes, self.bytes - self.bytes // 4)
         if self._rounds % PROBE_ROUNDS == 0:
             self._probing_for = self.bytes

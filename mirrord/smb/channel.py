@@ -6,13 +6,11 @@ every message is numbered, paid for and sealed here. smbprotocol's own later one
 set-infos) come in by `control`: they get a message id of ours, and their replies get theirs back,
 with as many credits as they cost, so that its count of them is always enough.
 
-    submit, control ──▸ lanes ──pump──▸ sealed, in `outgoing` ──▸ the socket
+    submit, control ──▸ `Lanes` ──pump──▸ sealed, in `outgoing` ──▸ the socket
     received ──▸ whole messages ──opened──▸ replies, matched by message id ──▸ returned
 
-Lanes: control first, then small requests, which a guest waits for, then bulk. A bulk request goes
-after `OVERTAKES_MAX` small ones at the latest. So that a small one never waits behind megabytes,
-the owner pumps only while little is unsent, and bulk in flight is bounded: a lot while no small
-ones come, little while they do.
+What goes first, and how much is in flight, `Lanes` says. So that a small request never waits behind
+megabytes that are sealed already, the owner pumps only while little is unsent.
 
 Credits (3.2.4.1.2): a request waits until the server has granted what it costs; the window is never
 overrun. When a server grants too few for a large request, even when asked while nothing is in
@@ -24,28 +22,18 @@ is in flight was paid for.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-from mirrord.core.geometry import KIB, MIB
+from mirrord.core.geometry import KIB
 from mirrord.core.inbox import INBOX_BYTES, SPARE_BYTES, Inbox
 from mirrord.errors import ProtocolError
 from mirrord.smb import status as st
 from mirrord.smb import wire
+from mirrord.smb.lanes import Lanes, Request
 from mirrord.smb.seal import Seal
 from mirrord.smb.wire import Bytes
 
-# A request or reply up to this is small: a guest's. Larger ones are copying, mostly.
-SMALL_BYTES_MAX: Final = 64 * KIB
-# Bulk in flight: so much keeps loopback and a 10 Gbit/s link with 3 ms of delay busy; while small
-# requests come they wait at most for this little (0.1 ms at 10 Gbit/s, 0.5 ms of crypto).
-BULK_BYTES_MAX: Final = 4 * MIB
-BULK_BYTES_BESIDE_SMALL: Final = 512 * KIB
-# Bulk requests that are held back after the last small one, before the bound is lifted.
-SMALL_REMEMBERED: Final = 64
-# Small requests that may overtake a bulk one that waits.
-OVERTAKES_MAX: Final = 64
 # Credits to ask for: 32 MiB of payload, or a deep queue of a guest's small requests.
 CREDITS_WANTED: Final = 512
 CREDITS_ASKED_MAX: Final = 128  # at a time: some servers grant nothing when asked for too much
@@ -61,44 +49,6 @@ OVERHEAD_BYTES_MAX: Final = 128 * KIB
 _WHOLE_BYTES_MAX = INBOX_BYTES - SPARE_BYTES - wire.LENGTH_BYTES
 _READ_HEAD = wire.READ_DATA_OFFSET
 _NEXT_COMMAND = slice(20, 24)  # of a header
-
-
-class Request:
-    """One request, which can be submitted again, to another channel too.
-
-    `payload_bytes` is what it costs: bytes sent, or bytes of room for the answer.
-    """
-
-    __slots__ = (
-        "body", "command", "control", "data", "owner", "payload_bytes", "pending", "replays",
-        "room", "sent_s", "sequence", "tree_id",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        command: int,
-        body: bytes,
-        *,
-        tree_id: int = 0,
-        data: Bytes = b"",
-        payload_bytes: int = 0,
-        owner: Any = None,
-        room: tuple[Bytes, memoryview] | None = None,
-    ) -> None:
-        self.command = command
-        self.body = body
-        self.tree_id = tree_id
-        self.data = data
-        self.payload_bytes = payload_bytes
-        self.owner = owner  # whatever the shell wants to know it by
-        # Memory for what is read, and a view of the part of it that is this request's. A payload
-        # that went there is that view, in `Reply.payload`; not every one can.
-        self.room = room
-        self.control: wire.Header | None = None  # of smbprotocol's own message
-        self.pending = False  # the server said that it takes long
-        self.sequence = 0  # the channel sequence that it was sent under
-        self.replays = 0  # how often it was asked again, without knowing what became of it
-        self.sent_s = 0.0
 
 
 Allocate = Callable[[int], tuple[Bytes, memoryview]]
@@ -146,10 +96,7 @@ class Channel:
         self._low = 0  # the next message id
         self._high = 1  # the first one that is not granted: before any reply there is one credit
         self._pending: dict[int, Request] = {}
-        self._lanes: tuple[deque[Request], ...] = (deque(), deque(), deque())
-        self._bulk_bytes = 0  # in flight
-        self._small_lately = 0
-        self._overtaken = 0
+        self._lanes = Lanes()
         self._asking = False  # an ECHO has asked for credits, and nothing else was answered since
         self._acks = 0  # of breaks, unanswered
         # A long message that is being received: a read's request and head, and the rest's memory.
@@ -187,17 +134,16 @@ class Channel:
     def beside_small(self) -> bool:
         """Whether small requests have come lately: bulk is held back, and best asked for in little
         pieces, for one that is sent or received holds up all others."""
-        return self._small_lately > 0
+        return self._lanes.beside_small
 
     @property
     def waiting(self) -> int:
         """Requests that have not been sent."""
-        return sum(map(len, self._lanes))
+        return len(self._lanes)
 
     def submit(self, request: Request) -> None:
         """Queue a request; `pump` sends it."""
-        lane = 2 if request.payload_bytes > SMALL_BYTES_MAX else 1
-        self._lanes[lane].append(request)
+        self._lanes.add(request)
 
     def control(self, message: bytes) -> None:
         """Queue a message of smbprotocol's; its reply is a `Reply` to a request with `control`."""
@@ -205,43 +151,22 @@ class Channel:
         request = Request(header.command, message)
         request.control = header
         request.payload_bytes = max(header.charge, 1) * wire.CREDIT_BYTES
-        self._lanes[0].append(request)
+        self._lanes.add(request)
 
     def withdraw(self, request: Request) -> bool:
         """Take back a request that was not sent; False if it was."""
-        for lane in self._lanes:
-            if request in lane:
-                lane.remove(request)
-                return True
-        return False
+        return self._lanes.withdraw(request)
 
     def pump(self, now_s: float) -> None:
         """Seal and number what may be sent now. Raises ProtocolError when nothing ever may."""
-        control, small, bulk = self._lanes
         if self.seal is None:
             return
-        while control and self._affords(control[0]):
-            self._send(control.popleft(), now_s)
-        if control:
-            self._ask_for_credits(control[0], now_s)
-            return
-        while small or bulk:
-            lane = small if small and not (bulk and self._overtaken >= OVERTAKES_MAX) else bulk
-            if lane is bulk and not self._bulk_may_go():
-                if not small:
-                    return
-                lane = small
-            if not self._affords(lane[0]):
-                if self._ask_for_credits(lane[0], now_s):
-                    continue
+        while (request := self._lanes.first()) is not None:
+            if self._affords(request):
+                self._lanes.take(request)
+                self._send(request, now_s)
+            elif not self._ask_for_credits(request, now_s):
                 return
-            self._overtaken = self._overtaken + 1 if lane is small and bulk else 0
-            self._send(lane.popleft(), now_s)
-
-    def _bulk_may_go(self) -> bool:
-        return self._bulk_bytes < (
-            BULK_BYTES_BESIDE_SMALL if self._small_lately else BULK_BYTES_MAX
-        )
 
     def _charge(self, request: Request) -> int:
         return wire.charge_of(request.payload_bytes) if self._multi_credit else 1
@@ -258,9 +183,7 @@ class Channel:
             raise ProtocolError(f"the server grants {self._high - self._low} credits in all")
         if self._asking:
             self._asking = False
-            bulk = self._lanes[2]
-            self.refused += bulk
-            bulk.clear()
+            self.refused += self._lanes.clear_large()
             return True
         self._asking = True
         self._send(Request(wire.ECHO, wire.echo_body()), now_s, wish=self._charge(request))
@@ -296,10 +219,6 @@ class Channel:
                 )
                 + request.body
             )
-            if request.payload_bytes > SMALL_BYTES_MAX:
-                self._bulk_bytes += request.payload_bytes
-            elif request.payload_bytes:
-                self._small_lately = SMALL_REMEMBERED
         self.outgoing += self.seal.close(head, request.data)
 
     def keep_alive(self, now_s: float) -> None:
@@ -324,10 +243,7 @@ class Channel:
 
     def lost(self) -> list[Request]:
         """Return everything unanswered, oldest first, when the connection is gone."""
-        left = [*self._untold, *self._pending.values()]
-        for lane in self._lanes:
-            left += lane
-            lane.clear()
+        left = [*self._untold, *self._pending.values(), *self._lanes.clear()]
         self._untold.clear()
         self._pending.clear()
         self._fill = None
@@ -460,14 +376,13 @@ class Channel:
         if request.control is not None:
             credits = max(request.control.charge, 1)
             message = wire.patched(message, request.control.message_id, credits)
-        elif request.payload_bytes > SMALL_BYTES_MAX:
-            self._bulk_bytes -= request.payload_bytes
-            self._small_lately = max(0, self._small_lately - 1)
         elif request.command == wire.ECHO:
             return  # whatever it says: the server is there
         elif request.command == wire.OPLOCK_BREAK:
             self._acks -= 1
             return
+        else:
+            self._lanes.answered(request, self.heard_s)
         self._asking = False
         replies.append(Reply(request, header.status, message, payload))
 

@@ -28,18 +28,26 @@ class Change:
     """A change of a range, which may be repeated. `data` None makes zeroes."""
 
     __slots__ = (
-        "acknowledged", "again", "data", "fua", "landed", "length", "offset", "punch", "refused",
-        "sent", "whole",
+        "acknowledged", "again", "copying", "data", "fua", "landed", "length", "offset", "punch",
+        "refused", "sent", "whole",
     )  # fmt: skip
 
     def __init__(
-        self, offset: int, length: int, data: Buffer | None, *, fua: bool, punch: bool = True
+        self,
+        offset: int,
+        length: int,
+        data: Buffer | None,
+        *,
+        fua: bool,
+        punch: bool = True,
+        copying: bool = False,
     ) -> None:
         self.offset = offset
         self.length = length
         self.data = data
         self.fua = fua
         self.punch = punch
+        self.copying = copying  # for a move
         self.whole = self  # what it is a part of
         self.sent = False  # the server may have heard of it
         self.acknowledged = False  # the guest was told that it is done
@@ -187,7 +195,7 @@ class ChangeLocks:
 async def apply(file: RemoteFile, change: Change, *, through: bool) -> None:
     """Carry a change out."""
     if change.data is not None:
-        await file.write(change.offset, change.data, through=through)
+        await file.write(change.offset, change.data, through=through, copying=change.copying)
         return
     if change.punch and file.capabilities.punches_holes:
         await file.zero(change.offset, change.length)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from errno import ENOTCONN
 
-from mirrord.core.geometry import Extent
+from mirrord.core.geometry import MIB, Extent
 from mirrord.storage.backend import Buffer, Capabilities, Identity
 
 
@@ -52,12 +53,19 @@ class RemoteFile(ABC):
         """Have `tell` called when the connection is lost; at once if it is already."""
 
     @abstractmethod
-    async def read(self, offset: int, length: int, *, stored: bool = False) -> Buffer:
-        """Read; with `stored` past the server's cache, where it has such a thing."""
+    async def read(
+        self, offset: int, length: int, *, stored: bool = False, copying: bool = False
+    ) -> Buffer:
+        """Read; with `stored` past the server's cache, where it has such a thing.
+
+        With `copying` it is for a move, and so that others who use the server wait little.
+        """
 
     @abstractmethod
-    async def write(self, offset: int, data: Buffer, *, through: bool = False) -> None:
-        """Write all of it; durable on return with `through`."""
+    async def write(
+        self, offset: int, data: Buffer, *, through: bool = False, copying: bool = False
+    ) -> None:
+        """Write all of it; durable on return with `through`. `copying` as in `read`."""
 
     @abstractmethod
     async def zero(self, offset: int, length: int) -> None:
@@ -90,6 +98,16 @@ class RemoteFile(ABC):
     def facts(self) -> dict[str, object]:
         """Return what `show` says about the connection."""
         return {}
+
+
+@dataclass(frozen=True, slots=True)
+class SteadySettings:
+    """How long `SteadyBackend` waits, and how much it keeps."""
+
+    io_timeout_s: float = 60.0
+    target_wait_s: float = 4.0  # of a target's request, below the engine's limit for a stall
+    unflushed_bytes_max: int = 64 * MIB
+    write_through: bool = False  # every write is durable before its answer, so nothing is kept
 
 
 class Door(ABC):

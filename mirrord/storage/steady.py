@@ -33,12 +33,11 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from xxhash import xxh3_64_intdigest
 
-from mirrord.core.geometry import KIB, MIB, Extent
+from mirrord.core.geometry import KIB, Extent
 from mirrord.storage.backend import Backend, Buffer, UnreachableError
 from mirrord.storage.kept import (
     SAMPLE_BYTES_MAX,
@@ -53,7 +52,7 @@ from mirrord.storage.kept import (
     touched,
 )
 from mirrord.storage.memory_pool import constant
-from mirrord.storage.remote import Door, LostError, RemoteFile
+from mirrord.storage.remote import Door, LostError, RemoteFile, SteadySettings
 from mirrord.storage.tie import Tie
 
 T = TypeVar("T")
@@ -62,16 +61,6 @@ log = logging.getLogger(__name__)
 
 EDGE_BYTES: Final = 4 * KIB  # of both ends of the disk, for the first proof
 NEWER_MAX: Final = 256  # changes to look through; a busier disk learns at a calmer flush
-
-
-@dataclass(frozen=True, slots=True)
-class SteadySettings:
-    """How long to wait, and how much to keep."""
-
-    io_timeout_s: float = 60.0
-    target_wait_s: float = 4.0  # of a target's request, below the engine's limit for a stall
-    unflushed_bytes_max: int = 64 * MIB
-    write_through: bool = False  # every write is durable before its answer, so nothing is kept
 
 
 class SteadyBackend(Backend):
@@ -148,17 +137,25 @@ class SteadyBackend(Backend):
     # What guests and jobs ask.
 
     async def read(self, offset: int, length: int) -> Buffer:
-        return await self._used(self._look(lambda file: file.read(offset, length)))
+        return await self._look(lambda file: file.read(offset, length))
 
     async def read_stored(self, offset: int, length: int) -> Buffer:
-        return await self._used(self._look(lambda file: file.read(offset, length, stored=True)))
+        return await self._look(lambda file: file.read(offset, length, stored=True, copying=True))
 
-    async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+    async def read_once(self, offset: int, length: int) -> Buffer:
+        return await self._look(lambda file: file.read(offset, length, copying=True))
+
+    async def write_once(self, offset: int, data: Buffer) -> None:
+        await self.write(offset, data, copying=True)
+
+    async def write(
+        self, offset: int, data: Buffer, *, fua: bool = False, copying: bool = False
+    ) -> None:
         self._check_writable()
         data = constant(data)
         if len(data) <= 64 * KIB and type(data) is memoryview:
             data = bytes(data)  # it may be kept for long, and mustn't keep a whole receive alive
-        await self._used(self._change(Change(offset, len(data), data, fua=fua)))
+        await self._used(self._change(Change(offset, len(data), data, fua=fua, copying=copying)))
 
     async def write_zeroes(
         self, offset: int, length: int, *, fua: bool = False, punch: bool = True, fast: bool = False
@@ -175,7 +172,7 @@ class SteadyBackend(Backend):
         await self._used(self._flush_kept() if self.authoritative else self._flush_target())
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        return await self._used(self._look(lambda file: file.extents(offset, length)))
+        return await self._look(lambda file: file.extents(offset, length))
 
     def connected(self) -> RemoteFile:
         """Return the file that is open now. Raises LostError."""
@@ -377,12 +374,13 @@ class SteadyBackend(Backend):
             # One of the same flush may be overwritten by this one; a refused one is not there.
             self._samples.forget(change.offset, change.length)
             known = change.acknowledged and change.length <= SAMPLE_BYTES_MAX
-            if known and change.data is not None and not self._is_changing(change):
+            changing = self._is_changing(change.offset, change.length)
+            if known and change.data is not None and not changing:
                 self._samples.learn(change.offset, change.data)
 
-    def _is_changing(self, change: Change) -> bool:
+    def _is_changing(self, offset: int, length: int) -> bool:
         """Tell whether something newer was written, or is being written, to the range."""
-        return touched((*self._kept, *self._flying.values()), change.offset, change.length)
+        return touched((*self._kept, *self._flying.values()), offset, length)
 
     def _begin_relief(self) -> None:
         self._relief = self._loop.create_task(self._relieving())
@@ -414,7 +412,9 @@ class SteadyBackend(Backend):
 
     async def _look(self, ask: Callable[[RemoteFile], Awaitable[T]]) -> T:
         """Ask for what a guest sees: not before it is sure to stay."""
-        until_s = self._until_s()
+        return await self._used(self._looked(ask, self._until_s()))
+
+    async def _looked(self, ask: Callable[[RemoteFile], Awaitable[T]], until_s: float) -> T:
         settling = self._settling
         if settling is not None and not settling.done():
             await asyncio.wait((settling,), timeout=self.settings.io_timeout_s)
@@ -459,7 +459,7 @@ class SteadyBackend(Backend):
         if file.kept or not self.authoritative:
             return None
         for offset, length, digest in self._samples.all():
-            if touched((*self._kept, *self._flying.values()), offset, length):
+            if self._is_changing(offset, length):
                 continue
             if xxh3_64_intdigest(await file.read(offset, length)) != digest:
                 return (

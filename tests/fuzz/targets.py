@@ -27,7 +27,8 @@ from mirrord.service.places import check_location
 from mirrord.service.shares import ShareConfig
 from mirrord.service.state import DiskRecord, JobRecord, read_record
 from mirrord.smb import wire as smb
-from mirrord.smb.channel import Channel, Request
+from mirrord.smb.channel import Channel
+from mirrord.smb.lanes import Request
 from mirrord.smb.location import parse_location
 from tests.fuzz.http import HttpServer
 from tests.nbd.speaking import STRUCTURED, Server, contexts, flags, go

@@ -24,8 +24,8 @@ from xxhash import xxh3_64_intdigest
 from mirrord.core.geometry import Extent
 from mirrord.errors import RefusedError
 from mirrord.storage.backend import Backend, Buffer, Capabilities, UnreachableError
-from mirrord.storage.remote import DeniedError, Door, LostError, RemoteFile
-from mirrord.storage.steady import SteadyBackend, SteadySettings
+from mirrord.storage.remote import DeniedError, Door, LostError, RemoteFile, SteadySettings
+from mirrord.storage.steady import SteadyBackend
 from tests.sim.disk import SimBackend, SimDirectory, SimFile
 from tests.sim.loop import elapse
 from tests.sim.place import SimPlace
@@ -287,12 +287,16 @@ class SimRemoteFile(RemoteFile):
         else:
             world.loop.call_soon(tell, LostError(str(self.inner.lost)))
 
-    async def read(self, offset: int, length: int, *, stored: bool = False) -> Buffer:
+    async def read(
+        self, offset: int, length: int, *, stored: bool = False, copying: bool = False
+    ) -> Buffer:
         if stored:
             return await self.inner.read_stored(offset, length)
         return await self.inner.read(offset, length)
 
-    async def write(self, offset: int, data: Buffer, *, through: bool = False) -> None:
+    async def write(
+        self, offset: int, data: Buffer, *, through: bool = False, copying: bool = False
+    ) -> None:
         await self.inner.write(offset, data, fua=through)
 
     async def zero(self, offset: int, length: int) -> None:

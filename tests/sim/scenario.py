@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from mirrord.engine.settings import EngineSettings
 from mirrord.storage.backend import Capabilities
-from mirrord.storage.steady import SteadySettings
+from mirrord.storage.remote import SteadySettings
 from tests.sim.disk import BLOCK
 from tests.sim.remote import Loss
 from tests.sim.world import CrashPlan, Fault

@@ -11,8 +11,8 @@ import pytest
 from mirrord.engine.cutover import Cutover
 from mirrord.storage import steady
 from mirrord.storage.kept import Change, ChangeLocks, apply, latest
-from mirrord.storage.remote import LostError, RemoteFile
-from mirrord.storage.steady import SteadyBackend, SteadySettings
+from mirrord.storage.remote import LostError, RemoteFile, SteadySettings
+from mirrord.storage.steady import SteadyBackend
 from tests.sim.remote import Loss
 from tests.sim.run import simulate
 from tests.sim.scenario import Load, Scenario, draw

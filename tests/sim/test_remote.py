@@ -9,8 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from mirrord.storage.backend import UnreachableError
-from mirrord.storage.remote import LostError
-from mirrord.storage.steady import SteadySettings
+from mirrord.storage.remote import LostError, SteadySettings
 from tests.sim.disk import BLOCK
 from tests.sim.loop import HaltedError, SimLoop, elapse
 from tests.sim.remote import Loss, ServedDirectory, ServedFile, SimDoor, SimServer, SimShare

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from smbprotocol.connection import Connection, Dialects, SMB2TransformHeader
 
 from mirrord.smb import status, wire
-from mirrord.smb.channel import Allocate, Channel, Reply, Request, plain_memory
+from mirrord.smb.channel import Allocate, Channel, Reply, plain_memory
+from mirrord.smb.lanes import Request
 from mirrord.smb.seal import Encrypted, Encryption, Seal, Signed, Signing, Unsealed
 
 SESSION = 0x1122334455667788

@@ -6,15 +6,13 @@ import pytest
 
 from mirrord.errors import ProtocolError
 from mirrord.smb import wire
-from mirrord.smb.channel import (
+from mirrord.smb.channel import CREDITS_ASKED_MAX, CREDITS_WANTED, Channel
+from mirrord.smb.lanes import (
     BULK_BYTES_BESIDE_SMALL,
     BULK_BYTES_MAX,
-    CREDITS_ASKED_MAX,
-    CREDITS_WANTED,
     OVERTAKES_MAX,
     SMALL_BYTES_MAX,
     SMALL_REMEMBERED,
-    Channel,
     Request,
 )  # fmt: skip
 from tests.smb.speaking import FILE, Asked, answer, feed, framed, read, said, started

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )  # fmt: skip
 
 from mirrord.smb import status, wire
-from mirrord.smb.channel import BULK_BYTES_MAX, SMALL_BYTES_MAX, Request
+from mirrord.smb.lanes import BULK_BYTES_MAX, SMALL_BYTES_MAX, Request
 from mirrord.smb.seal import Encryption
 from tests.smb.speaking import (
     FILE,

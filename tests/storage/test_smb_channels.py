@@ -12,7 +12,7 @@ import pytest
 from mirrord.core.geometry import MIB
 from mirrord.smb import status as st
 from mirrord.smb import wire
-from mirrord.smb.channel import Request
+from mirrord.smb.lanes import Request
 from mirrord.smb.seal import Encrypted
 from mirrord.storage.backend import Cache
 from mirrord.storage.memory import open_memory

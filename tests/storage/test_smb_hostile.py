@@ -19,7 +19,8 @@ import pytest
 from mirrord.core.geometry import KIB
 from mirrord.smb import status as st
 from mirrord.smb import wire
-from mirrord.smb.channel import BREAKS_MAX, Reply, Request
+from mirrord.smb.channel import BREAKS_MAX, Reply
+from mirrord.smb.lanes import Request
 from mirrord.smb.seal import Signed, Signing, Unsealed
 from mirrord.storage.backend import UnreachableError
 from mirrord.storage.remote import DeniedError, LostError

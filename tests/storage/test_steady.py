@@ -13,8 +13,8 @@ import pytest
 
 from mirrord.core.geometry import KIB, MIB, Extent, Status
 from mirrord.storage.backend import Buffer, Capabilities, Identity
-from mirrord.storage.remote import Door, LostError, RemoteFile
-from mirrord.storage.steady import SteadyBackend, SteadySettings
+from mirrord.storage.remote import Door, LostError, RemoteFile, SteadySettings
+from mirrord.storage.steady import SteadyBackend
 from tests.helpers import eventually_async
 
 SIZE = MIB
@@ -60,11 +60,15 @@ class File(RemoteFile):
         if self._lost is not None:
             raise self._lost
 
-    async def read(self, offset: int, length: int, *, stored: bool = False) -> Buffer:
+    async def read(
+        self, offset: int, length: int, *, stored: bool = False, copying: bool = False
+    ) -> Buffer:
         self._alive()
         return bytes(self.server.content[offset : offset + length])
 
-    async def write(self, offset: int, data: Buffer, *, through: bool = False) -> None:
+    async def write(
+        self, offset: int, data: Buffer, *, through: bool = False, copying: bool = False
+    ) -> None:
         self._alive()
         if offset >= UPPER and self.server.hanging is not None:
             await self.server.hanging

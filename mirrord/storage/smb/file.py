@@ -1,8 +1,9 @@
 """An open file on a share, by mirrord's own framing of its requests: what the data path uses.
 
-Reads and writes are cut into pieces of the session's `piece_bytes`, all in flight at once; the
-channel's lanes and credits see to order and number. A piece is answered whole or is an error: a
-short write is EIO, a short read means that somebody cut the file off (ESTALE).
+Reads and writes are cut into pieces, of the session's `piece_bytes` or smaller ones for copies, all
+asked for at once; the channel's lanes and credits see to order and number. A piece is answered
+whole or is an error: a short write is EIO, a short read means that somebody cut the file off
+(ESTALE).
 
 Zeroing and the map of holes are FSCTLs, framed here as well: they are a guest's requests, and as
 often as its writes. Names and sizes are `control`'s.
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Final
 from mirrord.core.geometry import GIB, MIB, Extent, Status, merge
 from mirrord.smb import status as st
 from mirrord.smb import wire
-from mirrord.smb.channel import SMALL_BYTES_MAX, Reply, Request
+from mirrord.smb.channel import Reply
+from mirrord.smb.lanes import COPY_PIECE_BYTES, SMALL_BYTES_MAX, Request
 from mirrord.storage.backend import Buffer, Capabilities, Identity
 from mirrord.storage.holes import KnownData
 from mirrord.storage.memory_pool import constant, new_aligned, writable
@@ -36,9 +38,9 @@ ZERO_BYTES_MAX: Final = GIB
 RANGES_BYTES_MAX: Final = 64 * 1024
 # How far a look for holes goes where all before it was data.
 AHEAD_BYTES_MAX: Final = 256 * MIB
-# What every server takes ([MS-SMB2] 3.3.3: ServerSideCopyMaxNumberofChunks and its like).
-COPY_CHUNKS_MAX: Final = 16
-COPY_CHUNK_BYTES: Final = MIB
+# What a server copies for one request. Every one takes 1 MiB ([MS-SMB2] 3.3.3:
+# ServerSideCopyMaxChunkSize), and Samba does nothing else for us meanwhile.
+COPY_STEP_BYTES: Final = 2 * COPY_PIECE_BYTES
 
 
 class ShareFile(RemoteFile):
@@ -87,18 +89,20 @@ class ShareFile(RemoteFile):
 
     # Bytes.
 
-    async def read(self, offset: int, length: int, *, stored: bool = False) -> Buffer:
+    async def read(
+        self, offset: int, length: int, *, stored: bool = False, copying: bool = False
+    ) -> Buffer:
         flags = self._unbuffered if stored else 0
         if length <= SMALL_BYTES_MAX:
             reply = await self.session.ask(self._read(offset, length, flags))
             return self._what_was_read(reply, length)
         whole, address = new_aligned(length)
         view = writable(address, length)  # nobody else sees `whole` before this returns it
-        replies = await self._in_pieces(
-            lambda at, count: self._read(at, count, flags, (whole, view[at - offset :][:count])),
-            offset,
-            length,
-        )
+
+        def make(at: int, count: int) -> Request:
+            return self._read(at, count, flags, (whole, view[at - offset :][:count]), copying)
+
+        replies = await self._in_pieces(make, offset, length, copying)
         at = 0
         for reply in replies:
             room, data = reply.request.room, self._what_was_read(reply, reply.request.payload_bytes)
@@ -108,10 +112,18 @@ class ShareFile(RemoteFile):
         return whole
 
     def _read(
-        self, offset: int, length: int, flags: int, room: tuple[Buffer, memoryview] | None = None
+        self,
+        offset: int,
+        length: int,
+        flags: int,
+        room: tuple[Buffer, memoryview] | None = None,
+        copying: bool = False,
     ) -> Request:
         body = wire.read_body(self.handle.file_id, offset, length, flags)
-        return Request(wire.READ, body, tree_id=self.tree.tree_id, payload_bytes=length, room=room)
+        return Request(
+            wire.READ, body, tree_id=self.tree.tree_id, payload_bytes=length, room=room,
+            copying_bytes=length if copying else 0,
+        )  # fmt: skip
 
     def _what_was_read(self, reply: Reply, length: int) -> Buffer:
         if reply.status != st.SUCCESS:
@@ -124,19 +136,20 @@ class ShareFile(RemoteFile):
             raise OSError(ESTALE, f"the file ends {length - len(data)} bytes before its size")
         return data
 
-    async def write(self, offset: int, data: Buffer, *, through: bool = False) -> None:
+    async def write(
+        self, offset: int, data: Buffer, *, through: bool = False, copying: bool = False
+    ) -> None:
         data = constant(data)
         flags = wire.WRITE_THROUGH if through else 0
         if len(data) <= SMALL_BYTES_MAX:
             self._was_written(await self.session.ask(self._write(offset, data, flags)))
             return
         view = memoryview(data)
-        replies = await self._in_pieces(
-            lambda at, count: self._write(at, view[at - offset :][:count], flags),
-            offset,
-            len(data),
-        )
-        for reply in replies:
+
+        def make(at: int, count: int) -> Request:
+            return self._write(at, view[at - offset :][:count], flags, copying)
+
+        for reply in await self._in_pieces(make, offset, len(data), copying):
             self._was_written(reply)
 
     def _was_written(self, reply: Reply) -> None:
@@ -147,18 +160,23 @@ class ShareFile(RemoteFile):
         if count != reply.request.payload_bytes:
             raise OSError(EIO, f"the server wrote {count} bytes of a whole request")
 
-    def _write(self, offset: int, data: Buffer, flags: int) -> Request:
+    def _write(self, offset: int, data: Buffer, flags: int, copying: bool = False) -> Request:
         length = len(data)
         body = wire.write_body(self.handle.file_id, offset, length, flags)
-        return Request(wire.WRITE, body, tree_id=self.tree.tree_id, data=data, payload_bytes=length)
+        return Request(
+            wire.WRITE, body, tree_id=self.tree.tree_id, data=data, payload_bytes=length,
+            copying_bytes=length if copying else 0,
+        )  # fmt: skip
 
     async def _in_pieces(
-        self, make: Callable[[int, int], Request], offset: int, length: int
+        self, make: Callable[[int, int], Request], offset: int, length: int, copying: bool
     ) -> list[Reply]:
-        """Have all pieces of a range in flight at once; they need not lie on any boundary."""
+        """Ask for all pieces of a range at once; they need not lie on any boundary."""
         end = offset + length
         while True:
-            piece = self.session.piece_now(self._piece_bytes)
+            piece = min(self._piece_bytes, COPY_PIECE_BYTES)
+            if not copying:
+                piece = self.session.piece_now(self._piece_bytes)
             requests = [make(at, min(piece, end - at)) for at in range(offset, end, piece)]
             try:
                 return await self._all(requests)
@@ -260,9 +278,8 @@ class ShareFile(RemoteFile):
         """Have the server copy; False where it doesn't."""
         try:
             key = await self._resume_key(source)
-            step = COPY_CHUNKS_MAX * COPY_CHUNK_BYTES
-            for at in range(offset, offset + length, step):
-                await self._copy_step(key, at, min(step, offset + length - at))
+            for at in range(offset, offset + length, COPY_STEP_BYTES):
+                await self._copy_step(key, at, min(COPY_STEP_BYTES, offset + length - at))
         except LostError:
             raise
         except OSError as error:
@@ -272,12 +289,9 @@ class ShareFile(RemoteFile):
         return True
 
     async def _copy_step(self, key: bytes, offset: int, length: int) -> None:
-        chunks = [
-            (at, at, min(COPY_CHUNK_BYTES, offset + length - at))
-            for at in range(offset, offset + length, COPY_CHUNK_BYTES)
-        ]
+        given = wire.copy_chunks(key, [(offset, offset, length)])
         output = await self._ioctl(
-            wire.SRV_COPYCHUNK_WRITE, wire.copy_chunks(key, chunks), "copy", room=12
+            wire.SRV_COPYCHUNK_WRITE, given, "copy", room=12, copying_bytes=length
         )
         if wire.parse_copied(output)[2] != length:
             raise OSError(EIO, "the server copied less than it was asked to")
@@ -317,9 +331,11 @@ class ShareFile(RemoteFile):
             replies.append(outcome)
         return replies
 
-    async def _ioctl(self, code: int, given: bytes, doing: str, room: int = 0) -> bytes:
+    async def _ioctl(
+        self, code: int, given: bytes, doing: str, room: int = 0, copying_bytes: int = 0
+    ) -> bytes:
         body = wire.ioctl_body(self.handle.file_id, code, given, room)
-        request = Request(wire.IOCTL, body, tree_id=self.tree.tree_id)
+        request = Request(wire.IOCTL, body, tree_id=self.tree.tree_id, copying_bytes=copying_bytes)
         reply = await self.session.ask(request)
         if reply.status != st.SUCCESS:
             raise self._failure(reply, doing)

@@ -26,7 +26,8 @@ from mirrord.core.geometry import KIB
 from mirrord.errors import ProtocolError
 from mirrord.smb import status as st
 from mirrord.smb import wire
-from mirrord.smb.channel import Channel, Reply, Request
+from mirrord.smb.channel import Channel, Reply
+from mirrord.smb.lanes import Request
 from mirrord.smb.seal import Seal
 from mirrord.storage.backend import Buffer
 from mirrord.storage.memory_pool import new_aligned, writable

@@ -25,14 +25,14 @@ from mirrord.errors import RefusedError
 from mirrord.smb.location import ShareLocation
 from mirrord.storage.backend import Backend, Cache, Identity, Place, UnreachableError
 from mirrord.storage.names import part_name, retired_name
-from mirrord.storage.remote import DeniedError, LostError
+from mirrord.storage.remote import DeniedError, LostError, SteadySettings
 from mirrord.storage.smb import control
 from mirrord.storage.smb.control import Facts, Handle
 from mirrord.storage.smb.door import Desk, File, ShareDoor, as_file, identity_of, open_file
 from mirrord.storage.smb.server import PATIENCE_S, ShareServer
 from mirrord.storage.smb.trouble import not_creatable, unopened
 from mirrord.storage.smb.work import to_the_end
-from mirrord.storage.steady import SteadyBackend, SteadySettings
+from mirrord.storage.steady import SteadyBackend
 
 log = logging.getLogger(__name__)
 

@@ -222,7 +222,9 @@ class PlainFile(RemoteFile):
     def facts(self) -> dict[str, object]:
         return {**self.session.facts(), "handle": "plain"}
 
-    async def read(self, offset: int, length: int, *, stored: bool = False) -> Buffer:
+    async def read(
+        self, offset: int, length: int, *, stored: bool = False, copying: bool = False
+    ) -> Buffer:
         stored = stored and self._open.connection.dialect >= Dialects.SMB_3_0_2
         return await self.session.control(self._read, offset, length, stored)
 
@@ -239,7 +241,9 @@ class PlainFile(RemoteFile):
             parts.append(part)
         return b"".join(parts)
 
-    async def write(self, offset: int, data: Buffer, *, through: bool = False) -> None:
+    async def write(
+        self, offset: int, data: Buffer, *, through: bool = False, copying: bool = False
+    ) -> None:
         await self.session.control(self._write, offset, data, through)
 
     def _write(self, offset: int, data: Buffer, through: bool) -> None:

@@ -30,7 +30,8 @@ from smbprotocol.tree import TreeConnect
 from mirrord.core.geometry import KIB, MIB
 from mirrord.errors import RefusedError
 from mirrord.smb import wire
-from mirrord.smb.channel import Reply, Request
+from mirrord.smb.channel import Reply
+from mirrord.smb.lanes import Request
 from mirrord.storage.backend import Capabilities, Identity
 from mirrord.storage.remote import LostError
 from mirrord.storage.smb import control, dial
