@@ -22,6 +22,7 @@ WINDOW_MAX_BYTES = 64 * MIB
 QUEUED_CHUNKS = (1.0, 4.0)
 # Fewer completions than this say nothing about latency.
 ROUND_CHUNKS_MIN = 4
+ROUND_CHUNKS_MIN_SPREAD = 16
 # A round that moved this much more than the one before it has proved that growing helps.
 GAIN = 1.1
 # Every so many rounds the least latency is measured anew, with a short queue: storage changes, and
@@ -90,15 +91,23 @@ class Window:
     the last, makes the window grow; a long one, which is latency that the guest suffers too,
     makes it shrink. `queued` are the lengths of queue that are short and long, in chunks.
     `latency_s` is the last round's mean, infinite before its end.
+
+    With `spread`, latencies are so different anyhow (a server's disks, other hosts on the link)
+    that a mean tells of no queue: of a longer round the least latency counts, which has waited in
+    all of the queue as well.
     """
 
     def __init__(
         self,
         chunk_bytes: int,
         max_bytes: int = WINDOW_MAX_BYTES,
+        *,
         queued: tuple[float, float] = QUEUED_CHUNKS,
+        spread: bool = False,
     ) -> None:
         self.chunk_bytes = chunk_bytes
+        self._spread = spread
+        self._round_chunks_min = ROUND_CHUNKS_MIN_SPREAD if spread else ROUND_CHUNKS_MIN
         self._short, self._long = (chunks * chunk_bytes for chunks in queued)
         self.max_bytes = max(chunk_bytes, max_bytes)
         self.bytes = min(self.max_bytes, 2 * chunk_bytes)  # one being read, one being written
@@ -112,6 +121,7 @@ class Window:
         self._round_bytes = 0
         self._round_count = 0
         self._round_latency_s = 0.0
+        self._round_least_s = float("inf")
 
     def completed(self, length: int, latency_s: float, now_s: float) -> None:
         """Count a chunk that was copied; `latency_s` is its time in flight."""
@@ -120,14 +130,18 @@ class Window:
         self._round_bytes += length
         self._round_count += 1
         self._round_latency_s += latency_s
-        if self._round_bytes >= self.bytes and self._round_count >= ROUND_CHUNKS_MIN:
+        self._round_least_s = min(self._round_least_s, latency_s)
+        if self._round_bytes >= self.bytes and self._round_count >= self._round_chunks_min:
             self._end_round(now_s - self._round_started_s)
             self._round_started_s = now_s
             self._round_bytes = self._round_count = 0
             self._round_latency_s = 0.0
+            self._round_least_s = float("inf")
 
     def _end_round(self, elapsed_s: float) -> None:
         latency_s = self.latency_s = max(self._round_latency_s / self._round_count, 1e-9)
+        if self._spread:
+            latency_s = max(self._round_least_s, 1e-9)
         rate = self._round_bytes / max(elapsed_s, 1e-9)
         self._rounds += 1
         if self._probing_for:

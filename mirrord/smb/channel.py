@@ -153,10 +153,6 @@ class Channel:
         request.payload_bytes = max(header.charge, 1) * wire.CREDIT_BYTES
         self._lanes.add(request)
 
-    def withdraw(self, request: Request) -> bool:
-        """Take back a request that was not sent; False if it was."""
-        return self._lanes.withdraw(request)
-
     def pump(self, now_s: float) -> None:
         """Seal and number what may be sent now. Raises ProtocolError when nothing ever may."""
         if self.seal is None:

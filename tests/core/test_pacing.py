@@ -158,6 +158,19 @@ def test_the_window_shrinks_when_storage_slows_down() -> None:
     assert window.bytes < wide / 2
 
 
+def test_where_latencies_differ_the_least_of_a_round_tells_of_a_queue() -> None:
+    """One answer in eight is quick. A mean calls the others a queue; then all of them wait."""
+    window, taken = Window(MIB, spread=True), Window(MIB)
+    for step in range(640):
+        for each in (window, taken):
+            each.completed(MIB, 0.05 if step % 8 else 0.001, step / 1000)
+    assert window.bytes == WINDOW_MAX_BYTES
+    assert taken.bytes < window.bytes / 2
+    for step in range(640, 2000):
+        window.completed(MIB, 0.05 if step % 8 else 0.02, step / 1000)
+    assert window.bytes < WINDOW_MAX_BYTES / 2
+
+
 # -- rates and predictions
 
 

@@ -416,20 +416,6 @@ def test_silence_begins_where_something_is_asked() -> None:
 # The end
 
 
-def test_what_was_not_sent_can_be_withdrawn() -> None:
-    channel = started()
-    sent, small, bulk = read(), read(), read(1 << 20)
-    channel.submit(sent)
-    channel.pump(0)
-    channel.submit(small)
-    channel.submit(bulk)
-    assert not channel.withdraw(sent)
-    assert channel.withdraw(small)
-    assert channel.withdraw(bulk)
-    assert not channel.withdraw(bulk)
-    assert (channel.in_flight, channel.waiting) == (1, 0)
-
-
 def test_all_that_is_unanswered_is_given_back_in_its_order() -> None:
     channel = started(credits=3)
     requests = [read(), write(b"x"), read(2), read(3), read(1 << 20)]

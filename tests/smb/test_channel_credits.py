@@ -10,13 +10,15 @@ from mirrord.smb.channel import CREDITS_ASKED_MAX, CREDITS_WANTED, Channel
 from mirrord.smb.lanes import (
     BULK_BYTES_BESIDE_SMALL,
     BULK_BYTES_MAX,
-    OVERTAKES_MAX,
+    OVERTAKEN_BYTES_MAX,
     SMALL_BYTES_MAX,
     SMALL_REMEMBERED,
     Request,
 )  # fmt: skip
 from tests.smb.speaking import FILE, Asked, answer, feed, framed, read, said, started
 from tests.smb.test_channel import control
+
+OVERTAKES_MAX = OVERTAKEN_BYTES_MAX // 4096  # of `read`
 
 BULK = 256 << 10
 ENOUGH = 2000

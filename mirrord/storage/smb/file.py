@@ -94,7 +94,7 @@ class ShareFile(RemoteFile):
     ) -> Buffer:
         flags = self._unbuffered if stored else 0
         if length <= SMALL_BYTES_MAX:
-            reply = await self.session.ask(self._read(offset, length, flags))
+            reply = await self.session.ask(self._read(offset, length, flags, None, copying))
             return self._what_was_read(reply, length)
         whole, address = new_aligned(length)
         view = writable(address, length)  # nobody else sees `whole` before this returns it
@@ -122,6 +122,7 @@ class ShareFile(RemoteFile):
         body = wire.read_body(self.handle.file_id, offset, length, flags)
         return Request(
             wire.READ, body, tree_id=self.tree.tree_id, payload_bytes=length, room=room,
+            file=self.handle.file_id,
             copying_bytes=length if copying else 0,
         )  # fmt: skip
 
@@ -142,7 +143,8 @@ class ShareFile(RemoteFile):
         data = constant(data)
         flags = wire.WRITE_THROUGH if through else 0
         if len(data) <= SMALL_BYTES_MAX:
-            self._was_written(await self.session.ask(self._write(offset, data, flags)))
+            request = self._write(offset, data, flags, copying)
+            self._was_written(await self.session.ask(request))
             return
         view = memoryview(data)
 
@@ -165,6 +167,7 @@ class ShareFile(RemoteFile):
         body = wire.write_body(self.handle.file_id, offset, length, flags)
         return Request(
             wire.WRITE, body, tree_id=self.tree.tree_id, data=data, payload_bytes=length,
+            file=self.handle.file_id,
             copying_bytes=length if copying else 0,
         )  # fmt: skip
 
@@ -335,7 +338,10 @@ class ShareFile(RemoteFile):
         self, code: int, given: bytes, doing: str, room: int = 0, copying_bytes: int = 0
     ) -> bytes:
         body = wire.ioctl_body(self.handle.file_id, code, given, room)
-        request = Request(wire.IOCTL, body, tree_id=self.tree.tree_id, copying_bytes=copying_bytes)
+        request = Request(
+            wire.IOCTL, body, tree_id=self.tree.tree_id, file=self.handle.file_id,
+            copying_bytes=copying_bytes,
+        )  # fmt: skip
         reply = await self.session.ask(request)
         if reply.status != st.SUCCESS:
             raise self._failure(reply, doing)
