@@ -329,7 +329,8 @@ def wait(
         raise RefusedError("no-job", f"disk {name} has never been moved; see 'mirrord jobs'")
     wanted = None if phase is None else phase.value
     try:
-        ended = follow(client, found[0], lambda _: None, phase=wanted, timeout_s=timeout)
+        job = next((each for each in found if not each.ended_already), found[0])
+        ended = follow(client, job, lambda _: None, phase=wanted, timeout_s=timeout)
     except WaitTimeoutError as error:
         _complain("timeout", str(error), json)
         raise typer.Exit(EXIT_TIMED_OUT) from None

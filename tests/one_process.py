@@ -78,7 +78,7 @@ class OneProcess:
         return self._mover.location
 
     async def refresh(self) -> DiskStatus:
-        """See `moves.Process`."""
+        """As `supervisor.DiskProcess`."""
         return self._mover.status(0)
 
     async def call(self, verb: str, answer: type[Answer], **params: Any) -> Answer:

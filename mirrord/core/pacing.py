@@ -198,14 +198,17 @@ class Rates:
         self.dirty += weight * ((dirtied_bytes - dirtied_before) / elapsed_s - self.dirty)
 
 
-def eta(remaining: int, copy_rate: float, dirty_rate: float) -> float | None:
+def eta(
+    remaining: int, copy_rate: float, dirty_rate: float, limit: int | None = None
+) -> float | None:
     """Return the seconds until nothing remains; None if that won't happen by passes alone.
 
-    While mirroring nothing becomes dirty: give 0 as `dirty_rate`.
+    While mirroring nothing becomes dirty: give 0 as `dirty_rate`. A burst may have been copied
+    faster than `limit` allows for long (0 or None is none).
     """
     if remaining == 0:
         return 0.0
-    net = copy_rate - dirty_rate
+    net = min(copy_rate, limit or copy_rate) - dirty_rate
     return remaining / net if net > 0 else None
 
 

@@ -133,7 +133,7 @@ class Job:
         phase = self.migration.phase
         copier = self.copier if self.tracker is not None else None
         remaining = self._remaining(copier) if phase is not Phase.RETIRING else 0
-        dirty_rate = 0.0 if phase in MIRRORED else self.rates.dirty
+        dirty_rate, limit = 0.0 if phase in MIRRORED else self.rates.dirty, self.request.limit
         known = self.progress.scanned or phase is Phase.RETIRING
         moving = known and phase in COUNTED
         return JobStatus(
@@ -147,7 +147,7 @@ class Job:
             bytes_remaining=remaining,
             copy_rate=self.rates.copy if copier else None,
             dirty_rate=self.rates.dirty if copier else None,
-            eta_s=eta(remaining, self.rates.copy, dirty_rate) if moving else None,
+            eta_s=eta(remaining, self.rates.copy, dirty_rate, limit) if moving else None,
             passes=self.progress.passes,
             pause_ms=None if self.pause_s is None else self.pause_s * 1000,
             verified=self.verified,

@@ -123,14 +123,20 @@ class DiskProcess:
     def confirm(self) -> None:
         """Make an attach true, now that its disk is open. Durable on return.
 
-        A record of an earlier boot, or of an older version, learns what was opened now.
+        A record of an earlier boot, or of an older version, learns what was opened now, if that
+        can be written: guests don't wait for it.
         """
         directory = self._directories.disk(self._name)
         attached = (directory / "disk.json").exists()
         opened = self._mover.record()
         if attached and (opened == self._record or self._mover.moving):
             return  # while it moves the record may be of the source, and the disk in the target
-        state.write_record(directory / "disk.json", opened)
+        try:
+            state.write_record(directory / "disk.json", opened)
+        except (OSError, MirrordError) as error:
+            if not attached:
+                raise
+            log.warning("identity not kept %s", fields(disk=self._name, error=error))
         if not attached:
             (directory / "attach.json").unlink()
 

@@ -233,6 +233,7 @@ def note_told(directories: Directories, job_id: str) -> None:
 def drop_old(directories: Directories, ended: list[Job], keep: int, days: int) -> list[str]:
     """Forget ended jobs above a number or an age, but never the last one; return their ids.
 
+    One that a program has still to be told of goes later.
     At most `DROPPED_MAX`, as each is a sync: the next job that ends takes more with it.
     """
     age = datetime.timedelta(days=min(days, _DAYS_MAX))
@@ -244,6 +245,7 @@ def drop_old(directories: Directories, ended: list[Job], keep: int, days: int) -
         if number >= keep or (number and (job.ended or job.created or "") < oldest.isoformat())
     ]
     oldest_first = surplus[: -DROPPED_MAX - 1 : -1]
+    oldest_first = [each for each in oldest_first if not is_untold(directories, each)]
     for job_id in oldest_first:
         forget_job(directories, job_id)
     return oldest_first

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
+import gc
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -20,6 +21,7 @@ import msgspec
 
 import mirrord
 from mirrord.control.messages import DiskStatus, Job, Share
+from mirrord.core.journal import Authority
 from mirrord.engine import recovery
 from mirrord.engine.disk import Disk
 from mirrord.engine.job import Job as EngineJob
@@ -43,6 +45,10 @@ log = logging.getLogger(__name__)
 VERB_SETTLES_S = 4.0
 # Guests wait while leftovers of a start are removed; they may lie on a server that is away.
 DISCARD_S = 2.0
+TIDY_S = 0.5  # after a job's end: its last tasks have ended, too
+# Of the formats of images that are told by their first bytes (qemu, block/*.c: `*_probe`).
+IMAGE_MAGICS = {b"QFI\xfb": "qcow2", b"KDMV": "VMDK", b"vhdxfile": "VHDX", b"conectix": "VHD"}
+IMAGE_HEAD_BYTES = 512
 # How a verb shows: the phases of which one is reached, or left.
 _EFFECT: dict[str, Callable[[Job], bool]] = {
     "pause": lambda job: job.ended_already or job.phase == "paused",
@@ -83,6 +89,7 @@ class Mover:
         self._idle = asyncio.Event()
         self._idle.set()
         self._changed = asyncio.Event()
+        self._late: list[asyncio.Task[None]] = []
         self._told_more = asyncio.Event()  # the job's story is longer than what is written down
 
     @property
@@ -119,13 +126,13 @@ class Mover:
                 self._record.location, self._record.size, self._record.root
             )
             backend = await self._place.open(read_only=self._record.read_only, cache=self._cache)
-            if not self._is_what_was_served(backend.identity):
+            try:
+                self._refuse_another(self.location, backend.identity)
+                if not self._record.boot:  # it was never served
+                    await _refuse_image(self.location, backend)
+            except BaseException:
                 await backend.close()
-                raise RefusedError(
-                    "disk-replaced",
-                    f"{self.location} is not what disk {self._record.name} was served from: put "
-                    "that back, or, to serve what is there, detach the disk and attach it again",
-                )
+                raise
             self.disk = Disk(self._record.name, backend, read_only=self._record.read_only)
             self._placed = backend
         for record in unborn:  # C0: what a start that came to no record may have left
@@ -136,16 +143,27 @@ class Mover:
                 about = fields(job=record.id, disk=record.disk, phase="queued", error=error)
                 log.warning("part left over %s", about)
 
+    def _refuse_another(self, location: str, found: Identity) -> None:
+        if not self._is_what_was_served(found):
+            raise RefusedError(
+                "disk-replaced",
+                f"{location} is not what disk {self._record.name} was served from: put that back, "
+                "or, to serve what is there, detach the disk and attach it again",
+            )
+
     def _is_what_was_served(self, found: Identity) -> bool:
         """Tell whether this may be what the record knows. It may have grown while unserved.
 
-        Over a boot a file is believed: not every file system (FUSE) numbers it as before.
+        Over a boot a file is believed: not every file system (FUSE) numbers it as before. Over a
+        mount, its birth tells as well as its number.
         """
         known, boot = self._record.identity, self._record.boot
         same_boot = bool(boot) and boot == read_boot_id()
         if known is None or (known.kind == "file" and not same_boot):
             return True
-        return dataclasses.replace(known, size=found.size).is_still(found, same_boot=same_boot)
+        born_so = known.kind == found.kind == "file" and known.born_ns == found.born_ns != 0
+        known = dataclasses.replace(known, size=found.size)
+        return born_so or known.is_still(found, same_boot=same_boot)
 
     def record(self) -> DiskRecord:
         """Return the disk's record as it has to be now."""
@@ -193,6 +211,8 @@ class Mover:
         logs.concern(record.id, phase)
         store = await self._store(record.id, size)
         places = self._both(record, size)
+        if outcome.authority is Authority.SOURCE:
+            await self._refuse_another_source(places.source)
         recovered = await recovery.recover(
             self._record.name, places, store, _request(record), self._surroundings(record)
         )
@@ -209,6 +229,22 @@ class Mover:
         recovered.job.migration.story = story
         self._job, self._job_record = recovered.job, record
         self._idle.clear()
+
+    async def _refuse_another_source(self, source: Place) -> None:
+        """Refuse a source that was replaced, and leave all as it is: the target may be all we have.
+
+        What else is wrong with it, recovery says.
+        """
+        if is_share(source.location):
+            return
+        try:
+            backend = await source.open(read_only=True, cache=self._cache)
+        except (MirrordError, OSError):
+            return
+        try:
+            self._refuse_another(source.location, backend.identity)
+        finally:
+            await backend.close()
 
     async def _store(self, job_id: str, size: int) -> JobFiles:
         return await JobFiles.open(
@@ -245,19 +281,23 @@ class Mover:
             if self._job is not None and self._job_record is not None:
                 group.create_task(self._run_job(self._job, self._job_record))
             self._running.set()
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self._group = None  # it takes no more tasks
 
     async def _run_job(self, job: EngineJob, record: JobRecord) -> None:
-        assert self._group is not None
-        keeping = self._group.create_task(self._keep_story(job, record))
-        status = await job.run()
-        keeping.cancel()
+        keeping = asyncio.create_task(self._keep_story(job, record))
+        try:
+            status = await job.run()
+        finally:
+            keeping.cancel()
         self._last = history.told(record, status.summary())
         self._job = self._job_record = None
         self._idle.set()
         self._changed.set()
         self._on_change(self._last)
-        give_freed_memory_back()
+        asyncio.get_running_loop().call_later(TIDY_S, _tidy)
 
     async def _keep_story(self, job: EngineJob, record: JobRecord) -> None:
         """Write the story down at each change, beside the job: its state directory may hang."""
@@ -271,8 +311,11 @@ class Mover:
                 log.info("story not kept %s %s", self._about(), fields(error=error))
 
     def _adopt(self, work: Coroutine[Any, Any, None]) -> None:
-        assert self._group is not None
-        self._group.create_task(_harmless(work, self._about()))
+        harmless = _harmless(work, self._about())
+        if self._group is not None:
+            self._group.create_task(harmless)
+        else:  # the process ends, and may end before this does
+            self._late.append(asyncio.create_task(harmless))
 
     def _job_changed(self, job: EngineJob) -> None:
         record = self._job_record
@@ -323,7 +366,6 @@ class Mover:
     async def start(self, record: JobRecord) -> Job:
         """Begin a move; its first record is durable on return. Raises RefusedError, OSError."""
         await self._running.wait()
-        assert self._group is not None
         if self.moving and self._job is not None and not self._job.status().ended_s:
             raise RefusedError("job-running", f"disk {self._record.name} is being moved already")
         await self._idle.wait()
@@ -346,6 +388,8 @@ class Mover:
             self._idle.set()
             raise
         self._job, self._job_record = job, record
+        if self._group is None:  # this process ends: what has begun is the next one's
+            raise RefusedError("disk-restarted", f"the process of disk {record.disk} ends")
         self._group.create_task(self._run_job(job, record))
         await self._shows(lambda shown: shown.phase != "queued")
         shown = self.job()
@@ -410,6 +454,25 @@ class Mover:
 def _share(backend: Backend | None) -> Share | None:
     facts = None if backend is None else backend.facts()
     return None if facts is None else msgspec.convert(facts, type=Share)
+
+
+async def _refuse_image(location: str, backend: Backend) -> None:
+    """Refuse a file that is an image of another format: a guest would write over its tables."""
+    head = bytes(await backend.read(0, min(IMAGE_HEAD_BYTES, backend.size)))
+    for magic, kind in IMAGE_MAGICS.items():
+        if head.startswith(magic):
+            raise RefusedError(
+                "not-raw",
+                f"{location} is a {kind} image, not raw: make it one by 'qemu-img convert -O raw', "
+                "and attach that",
+            )
+
+
+def _tidy() -> None:
+    """Let go of an ended job. Cycles hold its files, and the source's folder, which may lie on what
+    is to be unmounted now."""
+    gc.collect()
+    give_freed_memory_back()
 
 
 async def _harmless(work: Coroutine[Any, Any, None], about: Fields) -> None:

@@ -22,7 +22,6 @@ import time
 import uuid
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -34,10 +33,9 @@ from mirrord.service.logs import Fields, fields
 from mirrord.service.looks import Looks
 from mirrord.service.notify import Notifier
 from mirrord.service.state import Directories, JobRecord
+from mirrord.service.supervisor import DiskProcess
 
 log = logging.getLogger(__name__)
-
-Answer = TypeVar("Answer")
 
 VERBS = {
     "pause": "be paused",
@@ -49,20 +47,6 @@ VERBS = {
 
 
 Covers = Callable[[str], bool]  # whether somebody may see a disk, by its name
-
-
-class Process(Protocol):
-    """What a move needs of a disk's process."""
-
-    @property
-    def serving(self) -> bool: ...
-
-    @property
-    def outdated(self) -> bool: ...
-
-    async def call(self, verb: str, answer: type[Answer], **params: object) -> Answer: ...
-
-    async def refresh(self) -> DiskStatus | None: ...
 
 
 class Move:
@@ -88,7 +72,7 @@ class Moves:
         config: Config,
         directories: Directories,
         group: asyncio.TaskGroup,
-        process_of: Callable[[str], Process],
+        process_of: Callable[[str], DiskProcess],
         looks: Looks,
     ) -> None:
         self._config = config
@@ -414,9 +398,7 @@ class Moves:
     def _record_end(self, move: Move) -> None:
         """Write the outcome down for the next daemon. Failing is harmless: the journal has it."""
         try:
-            if self._notifier.wants(move.job):
-                history.note_untold(self._directories, move.job.id)
-            history.write_ended(self._directories, move.job)
+            self._write_end(move.job)
             self._notify(move)  # what isn't written down, the next daemon tells
             ended = [each.job for each in self._moves.values() if each.standing == "ended"]
             keep, days = self._config.keep_jobs, self._config.keep_jobs_days
@@ -424,6 +406,11 @@ class Moves:
                 del self._moves[job_id]
         except (OSError, MirrordError) as error:
             log.warning("outcome not written %s", move.about(error=error))
+
+    def _write_end(self, job: Job) -> None:
+        if self._notifier.wants(job):
+            history.note_untold(self._directories, job.id)
+        history.write_ended(self._directories, job)
 
     def _notify(self, move: Move) -> None:
         if not self._stopped:  # else the next daemon tells
@@ -456,9 +443,26 @@ class Moves:
                     f"the move of disk {move.record.disk} is queued and has not begun; only "
                     "cancel is possible before it starts",
                 )
-            self.conclude(move, "cancelled", "cancelled before it began")
+            await self._cancel_queued(move)
             return move.job
         return await self._ask(move, verb)
+
+    async def _cancel_queued(self, move: Move) -> None:
+        """Cancel what has no journal yet: only what is written down lasts. Raises RefusedError."""
+        reason = "cancelled before it began"
+        move.starting = True  # nobody begins it meanwhile
+        try:
+            ended = history.concluded(move.job, "cancelled", reason, now())
+            await asyncio.to_thread(self._write_end, ended)
+        except OSError as error:
+            raise RefusedError(
+                "state-unwritable",
+                f"the end of job {move.job.id} can't be written to the state directory "
+                f"({error.strerror}): it stays queued; free some space there, then cancel again",
+            ) from error
+        finally:
+            move.starting = False
+        self.conclude(move, "cancelled", reason)
 
     async def limit(self, job_id: str, request: LimitRequest) -> Job:
         """Change the bandwidth limit of an unfinished job."""

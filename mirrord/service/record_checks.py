@@ -126,12 +126,18 @@ def check_records(directories: Directories, found: Remembered) -> list[Check]:
     ]
     numbers = f"{len(found.unfinished)} that haven't ended, {len(found.ended)} that have"
     checks.append(Check("records", "ok", f"disks: {len(found.disks)}; moves: {numbers}"))
-    return [*checks, *_check_room(directories.state, found)]
+    files = look_at_disks(found.disks)
+    checks += [
+        Check("records", "problem", f"{path}, a disk, hangs: {look}", "look at its storage: dmesg")
+        for path, look in files.items()
+        if isinstance(look, TimeoutError)
+    ]
+    sizes = [file.st_size for file in files.values() if not isinstance(file, OSError)]
+    return [*checks, *_check_room(directories.state, max(sizes, default=0))]
 
 
-def _check_room(directory: Path, found: Remembered) -> list[Check]:
+def _check_room(directory: Path, largest: int) -> list[Check]:
     """Look whether the journal and the maps of a move of the largest disk fit."""
-    largest = max((file.st_size for file in look_at_disks(found.disks)), default=0)
     needed = CAPACITY_BYTES + map_bytes_for(largest) + dirty_bytes_for(largest)
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent

@@ -30,7 +30,7 @@ from mirrord.control.messages import (
 )
 from mirrord.control.snippets import nbd_uri, snippets
 from mirrord.control.sockets import check_socket_path, is_answered
-from mirrord.core.units import check_name
+from mirrord.core.units import check_name, format_duration
 from mirrord.errors import DamagedError, MirrordError, RefusedError
 from mirrord.service import metrics, share_test, stalls, state
 from mirrord.service.config import Config
@@ -40,7 +40,7 @@ from mirrord.service.looks import Looks
 from mirrord.service.moves import Covers, Moves
 from mirrord.service.places import Found, check_location
 from mirrord.service.state import Directories, DiskRecord
-from mirrord.service.supervisor import DiskProcess
+from mirrord.service.supervisor import CLIENTS_COME_BACK_S, DiskProcess
 from mirrord.service.systemd import granted
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,12 @@ class Registry:
     async def disk(self, name: str) -> Disk:
         """Return one disk. Raises RefusedError (`unknown-disk`)."""
         self._attached(name)
-        return await self._describe(name)
+        shown = await self._describe(name)
+        lost = await self._lost_file(name)
+        if lost is None:
+            return shown
+        reason = f"{lost} was removed or replaced: 'mirrord move {name} TARGET' saves what it had"
+        return msgspec.structs.replace(shown, reason=shown.reason or reason)
 
     def _attached(self, name: str) -> _Attached:
         found = self._disks.get(name)
@@ -340,6 +345,7 @@ class Registry:
         if process is not None and alive:
             if not force:
                 await self._refuse_lost(name, "its bytes would be gone: {}, or use --force")
+                _refuse_awaited(process)
             try:
                 async with asyncio.timeout(DETACH_FORCED_S if force else None):
                     await process.call("detach", type(None), force=force)
@@ -370,16 +376,22 @@ class Registry:
 
     async def _refuse_lost(self, name: str, so: str) -> None:
         """Refuse to end the one process that still has a file which was removed or replaced."""
-        attached = self._disks[name]
-        status = attached.process.status if attached.process is not None else None
-        if status is None or status.opened is None:
-            return
-        if not await self._looks.is_at(status.location, Found(*status.opened)):
+        lost = await self._lost_file(name)
+        if lost is not None:
             raise RefusedError(
                 "disk-replaced",
-                f"{status.location}, from which disk {name} is served, was removed or replaced; "
+                f"{lost}, from which disk {name} is served, was removed or replaced; "
                 + so.format(f"save them by 'mirrord move {name} TARGET'"),
             )
+
+    async def _lost_file(self, name: str) -> str | None:
+        """Return where a disk's process has something open that lies there no more."""
+        process = self._disks[name].process
+        status = None if process is None or not process.serving else process.status
+        if status is None or status.opened is None:
+            return None
+        there = await self._looks.is_at(status.location, Found(*status.opened))
+        return None if there else status.location
 
     async def _ended(self, attached: _Attached, name: str, limit_s: float) -> None:
         assert attached.task is not None
@@ -461,3 +473,14 @@ class Registry:
     async def limit(self, job_id: str, request: LimitRequest) -> Job:
         """Change the bandwidth limit of an unfinished job."""
         return await self._moves.limit(job_id, request)
+
+
+def _refuse_awaited(process: DiskProcess) -> None:
+    """Refuse to take a disk from guests that only seem to have gone."""
+    if process.awaits_clients:
+        raise RefusedError(
+            "clients-awaited",
+            f"the process of disk {process.name} was replaced within the last "
+            f"{format_duration(CLIENTS_COME_BACK_S)}, and a guest that has the disk may not have "
+            "noticed yet: end the guest and wait, or use --force",
+        )

@@ -60,7 +60,11 @@ def check_folders(
             if status.st_dev in seen:
                 continue
             seen.add(status.st_dev)
-            here = [file for file in files if file.st_dev == status.st_dev]
+            here = [
+                file
+                for file in files.values()
+                if not isinstance(file, OSError) and file.st_dev == status.st_dev
+            ]
             look = partial(_check_system, status.st_dev, mount_of(folder, mounts), here)
             checks.append(look_at(look, folder))
         except OSError as error:
@@ -285,8 +289,7 @@ def available_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def look_at_disks(disks: Iterable[DiskRecord]) -> list[os.stat_result]:
-    """Return what the system says of each file or device that is there and answers."""
+def look_at_disks(disks: Iterable[DiskRecord]) -> dict[Path, os.stat_result | OSError]:
+    """Return what the system says of each file or device of a disk, or why it doesn't."""
     paths = {Path(disk.location) for disk in disks if not is_share(disk.location)}
-    found = look_at_all(os.stat, paths).values()
-    return [status for status in found if not isinstance(status, OSError)]
+    return look_at_all(os.stat, paths)

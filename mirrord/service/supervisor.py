@@ -54,6 +54,8 @@ READY_DEADLINE_S = 10.0
 # Moves begin by creating and preallocating a target, detach by a last flush: both touch storage.
 CALL_DEADLINE_S = 60.0
 # An old process flushes what its guests wrote, a new one reads two maps.
+# As long as our snippets let QEMU try to connect again.
+CLIENTS_COME_BACK_S = 300.0
 RENEW_DEADLINE_S = 90.0
 # Handing over a descriptor touches no storage.
 LISTENER_DEADLINE_S = 5.0
@@ -99,6 +101,7 @@ class DiskProcess:
         self._answering = asyncio.Event()
         self._ending = False
         self._renewal: _Renewal | None = None
+        self._left_at_s: float | None = None  # when a process ended that may have had clients
 
     # For the registry.
 
@@ -183,6 +186,16 @@ class DiskProcess:
             return asyncio.get_running_loop().time() - self._silent_since_s
         return 0.0 if self.status is None else self.status.stalled_s
 
+    @property
+    def awaits_clients(self) -> bool:
+        """Whether guests of a process before this one may not have come back yet.
+
+        QEMU connects anew at a guest's next request: an idle one's disk shows no clients.
+        """
+        if self._left_at_s is None:
+            return False
+        return asyncio.get_running_loop().time() - self._left_at_s < CLIENTS_COME_BACK_S
+
     def end_now(self) -> None:
         """Kill the process and start no other: `keep` returns."""
         self._ending = True
@@ -234,7 +247,10 @@ class DiskProcess:
                     return self._refuse(refusal)
                 if self._ending or not self._attached:
                     return self._end("detached", None)
-                if self._renewal is not None and not self._renewal.ended:
+                renewed = self._renewal is not None and not self._renewal.ended
+                if not renewed or (self.status is not None and self.status.clients):
+                    self._left_at_s = loop.time()
+                if self._renewal is not None and renewed:
                     self._renewal.ended = True
                     continue
                 deaths = 0 if loop.time() - began > STEADY_S else deaths + 1

@@ -57,6 +57,8 @@ _SERIALS = (
     "device/serial",
     "loop/backing_file",
 )
+_LOOP_GET_STATUS64 = 0x4C05  # linux/loop.h
+_LOOP_INFO64_BYTES = 232
 _SERIAL_CHARACTERS_MAX = 200  # they go into a journal's record; names differ at their end
 
 # A wipe goes in steps, so that a cancelled one ends soon: 64 MiB take a slow disk half a second.
@@ -79,7 +81,9 @@ def examine_device(descriptor: int) -> DeviceFacts:
     (unit,) = struct.unpack("i", fcntl.ioctl(descriptor, _BLKSSZGET, bytes(4)))
     zeroes = _queue_limit(number, "write_zeroes_max_bytes") > 0
     return DeviceFacts(
-        identity=Identity("block", number, 0, size, serial=_serial(number)),
+        identity=Identity(
+            "block", number, 0, size, serial=_serial(number, _behind_loop(descriptor))
+        ),
         capabilities=Capabilities(
             punches_holes=zeroes and _queue_limit(number, "discard_max_bytes") > 0,
             fast_zeroes=zeroes,
@@ -100,13 +104,25 @@ def _queue_limit(number: int, name: str) -> int:
     return 0
 
 
-def _serial(number: int) -> str:
+def _behind_loop(descriptor: int) -> str:
+    """Return which file a loop device has: it may be renamed. "" if it is no loop device."""
+    try:
+        told = fcntl.ioctl(descriptor, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_BYTES))
+    except OSError:
+        return ""
+    device, inode = struct.unpack_from("QQ", told)
+    return f"inode {inode} of {device:x}"
+
+
+def _serial(number: int, behind_loop: str = "") -> str:
     """Return what the device is called on every boot, "" if it isn't known."""
     device = _sysfs(number)
     partition = _attribute(device, "partition")
     whole = os.path.dirname(device) if partition else device
     for name in _SERIALS:
         found = _attribute(whole, name)
+        if found and name.startswith("loop/"):
+            found = behind_loop or found
         if found:
             part = f" partition {partition}" if partition else ""
             offset = _attribute(whole, "loop/offset") if name.startswith("loop/") else ""

@@ -203,6 +203,8 @@ def test_the_time_left_is_true_or_not_given() -> None:
     assert eta(100, 10.0, 0.0) == 10.0
     assert eta(100, 10.0, 5.0) == 20.0
     assert eta(100, 10.0, 10.0) is None
+    assert eta(100, 50.0, 0.0, 10) == 10.0
+    assert eta(100, 10.0, 0.0, 50) == 10.0
     assert eta(100, 0.0, 0.0) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -10,17 +11,18 @@ import msgspec
 import pytest
 
 from mirrord.errors import DamagedError, RefusedError
-from mirrord.service import state
+from mirrord.service import history, state
 from mirrord.service.config import Config
 from mirrord.service.looks import Looks
-from mirrord.service.moves import Moves, Process
+from mirrord.service.moves import Moves
 from mirrord.service.state import Directories, JobRecord
+from mirrord.service.supervisor import DiskProcess
 
 RECORD = JobRecord(id="", disk="", source="/a", target="/b", created="2026-01-01T00:00:00+00:00")
 SEEN, HIDDEN, OTHER, DAMAGED = "1a-seen", "1a-hidden", "1b-other", "1c-damaged"
 
 
-def no_process(disk: str) -> Process:
+def no_process(disk: str) -> DiskProcess:
     raise RefusedError("unknown-disk", disk)
 
 
@@ -59,6 +61,24 @@ async def test_a_beginning_that_one_job_has(moves: Moves) -> None:
 async def test_a_damaged_job_is_found_as_others_are(moves: Moves, asked: str) -> None:
     with pytest.raises(DamagedError, match=r"job\.json is damaged"):
         await moves.job(asked)
+
+
+async def test_a_queued_move_is_only_cancelled_once_that_is_written_down(
+    moves: Moves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next daemon, which knows nothing of it, would begin it."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "write_ended", full)
+        with pytest.raises(RefusedError, match="it stays queued; free some space"):
+            await moves.steer(OTHER, "cancel")
+    assert (await moves.job(OTHER)).phase == "queued"
+    assert (await moves.steer(OTHER, "cancel")).phase == "cancelled"
+    with pytest.raises(RefusedError, match="can no longer be cancelled"):
+        await moves.steer(OTHER, "cancel")
 
 
 async def test_beginnings_tell_nothing_of_jobs_that_one_may_not_see(moves: Moves) -> None:

@@ -145,6 +145,17 @@ def test_room_for_the_largest_disk(
     assert check_records(directories, recall(directories))[-1].level == "ok"
 
 
+def test_a_disk_whose_storage_hangs_is_named(
+    directories: Directories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = recall(directories)
+    path = Path(known.disks[0].location)
+    hanging = TimeoutError("no answer within 5 s")
+    monkeypatch.setattr(record_checks, "look_at_disks", lambda _: {path: hanging})
+    (check,) = [c for c in check_records(directories, known) if c.level == "problem"]
+    assert check.text == f"{path}, a disk, hangs: no answer within 5 s"
+
+
 def test_many_leftovers_are_counted(directories: Directories, tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):

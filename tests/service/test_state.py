@@ -247,6 +247,17 @@ def test_few_jobs_are_forgotten_at_once(directories: Directories) -> None:
     assert directories.job_ids() == [jobs[-1].id]
 
 
+def test_a_job_that_a_program_has_to_be_told_of_is_remembered(directories: Directories) -> None:
+    jobs = []
+    for day in ("2026-01-01", "2026-01-02", "2026-01-03"):
+        directories.job(day).mkdir()
+        jobs.append(Job(id=day, disk="vm", phase="done", source="/a", target="/b", ended=day))
+    history.note_untold(directories, "2026-01-01")
+    assert history.drop_old(directories, jobs, 1, 1) == ["2026-01-02"]
+    history.note_told(directories, "2026-01-01")
+    assert history.drop_old(directories, [jobs[0], jobs[2]], 1, 1) == ["2026-01-01"]
+
+
 def test_a_job_that_has_just_ended_is_remembered(directories: Directories) -> None:
     """Although it was asked for before the others."""
     jobs = []

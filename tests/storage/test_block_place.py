@@ -272,7 +272,7 @@ class TestWhichDevice:
     async def test_without_a_serial_the_number_tells_on_one_boot(
         self, name, other, some_io, monkeypatch
     ) -> None:
-        monkeypatch.setattr(block, "_serial", lambda _: "")
+        monkeypatch.setattr(block, "_serial", lambda *_: "")
         identity = await self.made(name, some_io)
         assert await self.is_found(name, some_io, identity, same_boot=True)
         assert not await self.is_found(name, some_io, identity, same_boot=False)
@@ -283,7 +283,7 @@ class TestWhichDevice:
     async def test_without_a_serial_a_lasting_name_tells_over_a_boot(
         self, name, some_io, monkeypatch
     ) -> None:
-        monkeypatch.setattr(block, "_serial", lambda _: "")
+        monkeypatch.setattr(block, "_serial", lambda *_: "")
         identity = await self.made(name, some_io)
         monkeypatch.setattr(block, "_LASTING_NAMES", (f"{name.parent}/",))
         assert await self.is_found(name, some_io, identity, same_boot=False)
