@@ -101,6 +101,7 @@ class DiskProcess:
         self._answering = asyncio.Event()
         self._ending = False
         self._renewal: _Renewal | None = None
+        self._served = False  # the process of now, to whoever came
         self._left_at_s: float | None = None  # when a process ended that may have had clients
 
     # For the registry.
@@ -190,9 +191,11 @@ class DiskProcess:
     def awaits_clients(self) -> bool:
         """Whether guests of a process before this one may not have come back yet.
 
-        QEMU connects anew at a guest's next request: an idle one's disk shows no clients.
+        QEMU connects anew at a guest's next request: an idle one's disk shows no clients. Once a
+        guest has asked for anything here, they are taken to be back.
         """
-        if self._left_at_s is None:
+        counts = () if self.status is None else self.status.requests.values()
+        if self._left_at_s is None or any(any(each.buckets) for each in counts):
             return False
         return asyncio.get_running_loop().time() - self._left_at_s < CLIENTS_COME_BACK_S
 
@@ -248,8 +251,10 @@ class DiskProcess:
                 if self._ending or not self._attached:
                     return self._end("detached", None)
                 renewed = self._renewal is not None and not self._renewal.ended
-                if not renewed or (self.status is not None and self.status.clients):
+                had_clients = self.status is not None and self.status.clients > 0
+                if self._served and (had_clients or not renewed):
                     self._left_at_s = loop.time()
+                self._served = False
                 if self._renewal is not None and renewed:
                     self._renewal.ended = True
                     continue
@@ -400,6 +405,7 @@ class DiskProcess:
             channel.abandon()
             return
         self._channel = channel
+        self._served = True
         self.state = "serving"
         self.reason = None
         self._answering.set()

@@ -170,6 +170,10 @@ def test_a_detach_is_refused_while_guests_may_come_back(daemon: Daemon, disk: Pa
         daemon.json("upgrade", "vm", "--force")
     refusal = daemon.run("detach", "vm", "--json")
     assert (refusal.returncode, json.loads(refusal.stderr)["code"]) == (4, "clients-awaited")
+    with closing(Client(daemon.nbd_socket("vm"), "vm")) as client:
+        write(client, 3, 1)  # it is back, and goes by itself
+    eventually(lambda: daemon.json("show", "vm")["clients"] == 0, what="it has left")
+    daemon.json("detach", "vm")
 
 
 def test_after_a_move_nothing_of_the_old_place_is_held(
