@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from msgspec.structs import replace
 
 from mirrord import display
+from mirrord.control.client import Client
 from mirrord.control.messages import Disk, Job, Step, Uris
 from mirrord.waiting import has_reached
+from tests.cli.running import run
 
 MIB = 1 << 20
 JOB = Job(
@@ -142,3 +145,19 @@ def test_a_later_rung_says_that_the_earlier_ones_were_reached(
     phase: str, wanted: str | None, reached: bool
 ) -> None:
     assert has_reached(replace(JOB, phase=phase), wanted) is reached
+
+
+def test_wait_waits_for_the_move_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the one that is dated last: a clock may have been set back since."""
+    ended = replace(JOB, id="ended", phase="done", created="2027-01-01")
+    listed = [ended, replace(JOB, id="runs", created="2026-01-01")]
+    asked = []
+
+    def look(_: object, job_id: str) -> Job:
+        asked.append(job_id)
+        return replace(JOB, id=job_id, phase="done")
+
+    monkeypatch.setattr(Client, "jobs", lambda *_: listed)
+    monkeypatch.setattr(Client, "job", look)
+    code, out, _ = run("wait", "vm", "--socket", "/none", "--json")
+    assert (code, json.loads(out)["id"], asked) == (0, "runs", ["runs"])

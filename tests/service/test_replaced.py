@@ -221,6 +221,13 @@ async def test_a_process_that_ends_begins_no_move(disk: Path, tmp_path: Path) ->
     with pytest.raises(RefusedError) as caught:
         await mover.start(record)
     assert caught.value.code == "disk-restarted"
+    done = asyncio.Event()
+
+    async def late() -> None:
+        done.set()
+
+    mover._adopt(late())
+    await asyncio.wait_for(done.wait(), 10)
     assert history.read_job(directories, "1").standing == "unfinished"
 
 
