@@ -455,6 +455,7 @@ class Moves:
             ended = history.concluded(move.job, "cancelled", reason, now())
             await asyncio.to_thread(self._write_end, ended)
         except OSError as error:
+            asyncio.get_running_loop().call_soon(self.kick)  # others may have waited for its place
             raise RefusedError(
                 "state-unwritable",
                 f"the end of job {move.job.id} can't be written to the state directory "

@@ -54,9 +54,9 @@ READY_DEADLINE_S = 10.0
 # Moves begin by creating and preallocating a target, detach by a last flush: both touch storage.
 CALL_DEADLINE_S = 60.0
 # An old process flushes what its guests wrote, a new one reads two maps.
+RENEW_DEADLINE_S = 90.0
 # As long as our snippets let QEMU try to connect again.
 CLIENTS_COME_BACK_S = 300.0
-RENEW_DEADLINE_S = 90.0
 # Handing over a descriptor touches no storage.
 LISTENER_DEADLINE_S = 5.0
 

@@ -374,8 +374,9 @@ class SteadyBackend(Backend):
             # One of the same flush may be overwritten by this one; a refused one is not there.
             self._samples.forget(change.offset, change.length)
             known = change.acknowledged and change.length <= SAMPLE_BYTES_MAX
-            changing = self._is_changing(change.offset, change.length)
-            if known and change.data is not None and not changing:
+            if not known or change.data is None:
+                continue
+            if not self._is_changing(change.offset, change.length):
                 self._samples.learn(change.offset, change.data)
 
     def _is_changing(self, offset: int, length: int) -> bool:

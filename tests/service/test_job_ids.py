@@ -71,10 +71,14 @@ async def test_a_queued_move_is_only_cancelled_once_that_is_written_down(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    kicks = []
     with monkeypatch.context() as patch:
         patch.setattr(history, "write_ended", full)
+        patch.setattr(moves, "kick", lambda: kicks.append(1))
         with pytest.raises(RefusedError, match="it stays queued; free some space"):
             await moves.steer(OTHER, "cancel")
+        await asyncio.sleep(0)
+    assert kicks, "another may have waited for its place"
     assert (await moves.job(OTHER)).phase == "queued"
     assert (await moves.steer(OTHER, "cancel")).phase == "cancelled"
     with pytest.raises(RefusedError, match="can no longer be cancelled"):

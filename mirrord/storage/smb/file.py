@@ -177,9 +177,8 @@ class ShareFile(RemoteFile):
         """Ask for all pieces of a range at once; they need not lie on any boundary."""
         end = offset + length
         while True:
-            piece = min(self._piece_bytes, COPY_PIECE_BYTES)
-            if not copying:
-                piece = self.session.piece_now(self._piece_bytes)
+            most = self._piece_bytes
+            piece = min(most, COPY_PIECE_BYTES) if copying else self.session.piece_now(most)
             requests = [make(at, min(piece, end - at)) for at in range(offset, end, piece)]
             try:
                 return await self._all(requests)
