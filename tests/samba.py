@@ -206,6 +206,11 @@ class Samba:
         mine = [p for p in pids if _session_of(p) == self.leader and _state_of(p) != "Z"]
         return sorted(mine, key=lambda pid: (pid != self.leader, pid))
 
+    def page_faults(self, pid: int) -> int:
+        """Return how many pages a process of it was given (proc_pid_stat(5), minflt)."""
+        assert pid in self.processes(), "not ours"
+        return int(_stat_of(pid)[7])
+
     def children(self) -> list[int]:
         """Return the processes that serve connections now, by what they have open."""
         connections = self._sockets(ESTABLISHED)

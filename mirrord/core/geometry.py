@@ -79,11 +79,12 @@ class Run(NamedTuple):
 
 def runs_of(data: memoryview, unit: int) -> list[Run]:
     """Cut data into runs of units that are all zeroes and runs of others; the last may be short."""
+    if len(data) and 0 not in data[::unit].tobytes():  # most data is told from zeroes by it alone
+        return [Run(0, len(data), False)]
     runs: list[Run] = []
     zeroes = bytes(unit)
     for start, length in split(0, len(data), unit):
-        # One byte first: most data is told from zeroes by it alone. `bytes` compares by memcmp, a
-        # view byte by byte.
+        # One byte first. `bytes` compares by memcmp, a view byte by byte.
         is_zero = data[start] == 0 and bytes(data[start : start + length]) == zeroes[:length]
         last = runs[-1] if runs else None
         if last is not None and last.is_zero == is_zero:

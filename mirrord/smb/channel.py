@@ -141,6 +141,10 @@ class Channel:
         """Requests that have not been sent."""
         return len(self._lanes)
 
+    def affords(self, request: Request) -> bool:
+        """Tell whether the credits are there for a request."""
+        return self._high - self._low >= self._charge(request)
+
     def submit(self, request: Request) -> None:
         """Queue a request; `pump` sends it."""
         self._lanes.add(request)
@@ -158,7 +162,7 @@ class Channel:
         if self.seal is None:
             return
         while (request := self._lanes.first()) is not None:
-            if self._affords(request):
+            if self.affords(request):
                 self._lanes.take(request)
                 self._send(request, now_s)
             elif not self._ask_for_credits(request, now_s):
@@ -166,9 +170,6 @@ class Channel:
 
     def _charge(self, request: Request) -> int:
         return wire.charge_of(request.payload_bytes) if self._multi_credit else 1
-
-    def _affords(self, request: Request) -> bool:
-        return self._high - self._low >= self._charge(request)
 
     def _ask_for_credits(self, request: Request, now_s: float) -> bool:
         """Ask, when no reply to anything else could bring more; when that didn't help, refuse all

@@ -97,12 +97,10 @@ class Lanes:
         self._small_lately = 0
         self._overtaken_bytes = 0
         self._piece_bytes = 0  # of a whole one: smaller ones are quicker
+        self._waiting = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._all()))
-
-    def _all(self) -> list[deque[Request]]:
-        return [self._control, self._small, *self._large.values()]
+        return self._waiting
 
     @property
     def beside_small(self) -> bool:
@@ -111,6 +109,7 @@ class Lanes:
 
     def add(self, request: Request) -> None:
         """Let a request wait."""
+        self._waiting += 1
         if request.control is not None:
             self._control.append(request)
         elif _is_large(request):
@@ -120,16 +119,19 @@ class Lanes:
 
     def clear(self) -> list[Request]:
         """Let nothing wait any longer; return all that did."""
-        left = [request for lane in self._all() for request in lane]
+        lanes = (self._control, self._small, *self._large.values())
+        left = [request for lane in lanes for request in lane]
         self._control.clear()
         self._small.clear()
         self._large.clear()
+        self._waiting = 0
         return left
 
     def clear_large(self) -> list[Request]:
         """Let nothing wait any longer that costs more than a small request may; return it."""
         waiting = [request for lane in self._large.values() for request in lane]
         self._large.clear()
+        self._waiting -= len(waiting)
         left = [request for request in waiting if request.payload_bytes > SMALL_BYTES_MAX]
         for request in waiting:
             if request.payload_bytes <= SMALL_BYTES_MAX:  # of a copy
@@ -155,6 +157,7 @@ class Lanes:
 
     def take(self, request: Request) -> None:
         """Take the first request, which is sent now."""
+        self._waiting -= 1
         if request.control is not None:
             self._control.popleft()
         elif _is_large(request):

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mirrord.core.geometry import MIB, Status, merge
+from mirrord.core.geometry import MIB, Extent, Status, merge
 from mirrord.storage import durable
 from mirrord.storage.backend import Cache
 from mirrord.storage.file import FileBackend
@@ -88,6 +88,24 @@ class TestSizes:
         assert statuses == [Status.HOLE, Status.DATA]
         assert bytes(await backend.read(size - 8192, 8192)) == pattern(8192)
         assert allocated_bytes(path) < MIB
+        await backend.close()
+
+    async def test_data_that_is_known_is_told_without_a_thread(
+        self, tmp_path, some_io, monkeypatch
+    ) -> None:
+        path = make_file(tmp_path / "disk", pattern(2 * MIB), 4 * MIB)
+        backend = await open_file(path, some_io)
+        assert (await backend.extents(0, MIB))[0].end == MIB
+        looks: list[int] = []
+        find = backend._holes.find
+        monkeypatch.setattr(
+            backend._holes, "find", lambda offset, end: (looks.append(offset), find(offset, end))[1]
+        )
+        assert await backend.extents(MIB, MIB) == [Extent(MIB, MIB, Status.DATA)]
+        assert not looks
+        await backend.trim(MIB, MIB)
+        assert (await backend.extents(MIB, MIB))[0].status is Status.HOLE
+        assert looks == [MIB]
         await backend.close()
 
     async def test_a_changed_size_is_noticed(self, tmp_path, some_io) -> None:

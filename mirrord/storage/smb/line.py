@@ -207,7 +207,7 @@ class Line(asyncio.BufferedProtocol):
         if channel.refused:
             refused, channel.refused = channel.refused, []
             for request in refused:
-                _settle(request, error=TooLargeError())
+                fail(request, TooLargeError())
         outgoing = channel.outgoing
         if outgoing:
             channel.outgoing = []
@@ -215,8 +215,6 @@ class Line(asyncio.BufferedProtocol):
                 transport.write(b"".join(outgoing))
             else:
                 transport.writelines(outgoing)
-            if channel.waiting and not self._congested:
-                self._soon()
 
     def _answer(self, reply: Reply) -> None:
         request = reply.request

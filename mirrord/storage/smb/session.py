@@ -93,6 +93,7 @@ class ShareSession:
         self.lost: LostError | None = None
         self.encrypted = False
         self.piece_bytes = PIECE_BYTES  # the most that the server takes, and that is of use
+        self.read_bytes_max = MIB * MIB  # in one answer
         self.unbuffered = False  # the dialect has reads past the server's cache
         self._login = login
         self._seats: list[Seat] = []
@@ -163,6 +164,12 @@ class ShareSession:
     def _idlest(self, request: Request) -> Line:
         lines = [seat.line for seat in self._seats]
         return min(lines, key=lambda line: line.channel.in_flight + line.channel.waiting)
+
+    def ask_aside(self, request: Request) -> None:
+        """Send a request whose answer is of no interest, if it has to wait for no credits."""
+        line = self._seats[0].line if self._seats else None
+        if line is not None and line.channel.affords(request):
+            line.submit(request)
 
     async def control(self, work: Callable[..., T], *args: Any, doing: str = "", **kw: Any) -> T:
         """Run one of `control`'s functions in a thread.
@@ -275,6 +282,7 @@ class ShareSession:
         seat = Seat(connection, line, self._lines_made, signing_key)
         limits = (connection.max_read_size, connection.max_write_size)
         self.piece_bytes = min(self.piece_bytes, *limits)
+        self.read_bytes_max = min(self.read_bytes_max, connection.max_read_size)
         multi_credit = bool(connection.supports_multi_credit)
         if not multi_credit:
             self.piece_bytes = min(self.piece_bytes, wire.CREDIT_BYTES)
@@ -444,7 +452,9 @@ class ShareSession:
         self, tree: Tree, handle: Handle, identity: Identity, able: Capabilities, *, kept: bool
     ) -> ShareFile:
         """Return an open handle as a file."""
-        return ShareFile(self, tree, handle, identity, able, kept=kept)
+        file = ShareFile(self, tree, handle, identity, able, kept=kept)
+        file.warm_up()
+        return file
 
     def release(self) -> None:
         """One user less: what it means is the owner's business."""
