@@ -138,7 +138,7 @@ class Mover:
         for record in unborn:  # C0: what a start that came to no record may have left
             try:
                 async with asyncio.timeout(DISCARD_S):
-                    await self._target_of(record).discard(record.id)
+                    await (await self._target_of(record)).discard(record.id)
             except (MirrordError, OSError, TimeoutError) as error:
                 about = fields(job=record.id, disk=record.disk, phase="queued", error=error)
                 log.warning("part left over %s", about)
@@ -210,7 +210,7 @@ class Mover:
         phase = story[-1].phase.value if story else "queued"
         logs.concern(record.id, phase)
         store = await self._store(record.id, size)
-        places = self._both(record, size)
+        places = await self._both(record, size)
         if outcome.authority is Authority.SOURCE:
             await self._refuse_another_source(places.source)
         recovered = await recovery.recover(
@@ -255,12 +255,12 @@ class Mover:
             region_bytes=self._settings.region_bytes,
         )
 
-    def _both(self, record: JobRecord, size: int) -> Places:
+    async def _both(self, record: JobRecord, size: int) -> Places:
         source = self._places.make(record.source, size, record.source_root)
-        return Places(source, self._target_of(record, size), self._cache)
+        return Places(source, await self._target_of(record, size), self._cache)
 
-    def _target_of(self, record: JobRecord, size: int | None = None) -> Place:
-        return self._places.make(record.target, size, record.target_root)
+    async def _target_of(self, record: JobRecord, size: int | None = None) -> Place:
+        return await self._places.ready(record.target, size, record.target_root)
 
     def _surroundings(self, record: JobRecord) -> Surroundings:
         return Surroundings(
@@ -354,7 +354,7 @@ class Mover:
 
     async def check(self, record: JobRecord) -> JobRecord:
         """Refuse what can't be moved there; return the record with both ends as they are."""
-        target = self._target_of(record)
+        target = await self._target_of(record)
         await recovery.check(self.disk, target, _request(record))
         return msgspec.structs.replace(
             record,
@@ -376,7 +376,7 @@ class Mover:
             try:
                 job = await recovery.start(
                     self.disk,
-                    Places(self._place, self._target_of(record), self._cache),
+                    Places(self._place, await self._target_of(record), self._cache),
                     store,
                     _request(record),
                     self._surroundings(record),

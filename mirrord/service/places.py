@@ -144,6 +144,17 @@ class PlaceFactory:
         self._shares = shares or {}
         self._servers: dict[tuple[str, ...], ShareServer] = {}
 
+    async def ready(self, location: str, size: int | None = None, root: str | None = None) -> Place:
+        """Return the same as `make`, for whoever serves guests meanwhile.
+
+        The code for shares takes 0.2 s to load: a thread does it, which often lets others go on.
+        """
+        if is_share(location):
+            import asyncio
+
+            await asyncio.to_thread(_load_shares)
+        return self.make(location, size, root)
+
     def make(self, location: str, size: int | None = None, root: str | None = None) -> Place:
         """Return the place that a checked location names; nothing is touched yet.
 
@@ -181,6 +192,11 @@ class PlaceFactory:
         share = SharePlace(at, self._servers[key])
         share.patience_s = SHARE_PATIENCE_S
         return share
+
+
+def _load_shares() -> None:
+    import mirrord.service.share_login
+    import mirrord.storage.smb.place  # noqa: F401
 
 
 def _is_device(location: str) -> bool:

@@ -105,3 +105,33 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     code = "import sys, mirrord.cli; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"aiohttp", "rich", "asyncio", "uvloop"} & set(done.stdout.split())
+
+
+def test_guests_go_on_while_the_code_for_shares_is_loaded() -> None:
+    code = """
+import asyncio, contextlib, sys, time
+from mirrord.errors import RefusedError
+from mirrord.service.disk_process import SWITCH_S
+from mirrord.service.places import PlaceFactory
+
+async def tick(gaps):
+    while True:
+        before = time.monotonic()
+        await asyncio.sleep(0.0005)
+        gaps.append(time.monotonic() - before)
+
+async def main():
+    sys.setswitchinterval(SWITCH_S)
+    ticking = asyncio.create_task(tick(gaps := []))
+    before = time.monotonic()
+    with contextlib.suppress(RefusedError):  # the share is unknown
+        await PlaceFactory().ready("smb://nobody/nothing/vm.raw")
+    took = time.monotonic() - before
+    ticking.cancel()
+    assert "smbprotocol" in sys.modules
+    print(max(gaps) / took)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.5, "loading stops the loop"
