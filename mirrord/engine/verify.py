@@ -29,6 +29,7 @@ from mirrord.engine.settings import EngineSettings
 from mirrord.engine.tracking import WriteTracker
 from mirrord.errors import SourceError, TargetError
 from mirrord.storage.backend import Backend
+from mirrord.storage.memory_pool import same_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +241,7 @@ class Verifier:
             data = await self._tracker.source.read_once(offset, length)
         except OSError as error:
             raise SourceError(error, "read of the source failed", offset) from error
-        return bytes(stored) == bytes(data)
+        return same_bytes(stored, data)
 
 
 async def _large_holes(backend: Backend, offset: int, length: int, least: int) -> list[Extent]:
