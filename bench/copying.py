@@ -109,7 +109,7 @@ def _moved(verify: str) -> Measure:
                 servers = processes.below(folder)
                 used_s = processes.all_processor_s(servers) + _children_s()
                 began = time.monotonic()
-                run(*MIRRORD, "move", "vm", target, "--verify", verify, "--keep-source",
+                run(*MIRRORD, "move", "vm", target, "--verify", verify, "--keep-source", "--force",
                     MIRRORD_SOCKET=str(control))  # fmt: skip
                 taken_s = time.monotonic() - began
                 used_s = processes.all_processor_s(servers) + _children_s() - used_s

@@ -116,7 +116,7 @@ def _guest(where: str) -> Measure:
 
 def _move(client: Client, name: str, target: str) -> Job:
     """Move a disk and return the job at its end, looking rarely: that costs the daemon time."""
-    job = client.move(name, MoveRequest(target, verify="full"))
+    job = client.move(name, MoveRequest(target, verify="full", force=True))
     give_up_s = time.monotonic() + MOVE_S
     while not job.ended_already and time.monotonic() < give_up_s:
         time.sleep(LOOK_S)

@@ -179,7 +179,7 @@ def move(
         Cutover, typer.Option(help="Cut over when ready, or wait for 'mirrord cutover'.")
     ] = Cutover.auto,
     force: Annotated[
-        bool, typer.Option("--force", help="Begin although the target has too little room.")
+        bool, typer.Option("--force", help="Although there is too little room, or only in memory.")
     ] = False,
     wipe: Annotated[
         bool, typer.Option("--wipe", help="Overwrite a source block device with zeroes at the end.")

@@ -22,8 +22,9 @@ def disk_names(context: typer.Context, incomplete: str) -> list[str]:
     """Return the disks that may be meant, for a shell's completion; none without a daemon."""
     from mirrord.service.config import default_socket
 
-    named = context.params.get("socket") or os.environ.get("MIRRORD_SOCKET") or default_socket()
+    named = context.params.get("socket") or os.environ.get("MIRRORD_SOCKET")
     with contextlib.suppress(MirrordError):
+        named = named or default_socket()
         client = Client(Path(named).absolute(), deadline_s=COMPLETE_DEADLINE_S)
         with contextlib.closing(client):
             return [disk.name for disk in client.disks() if disk.name.startswith(incomplete)]

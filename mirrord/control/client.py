@@ -124,7 +124,12 @@ class Client:
         return self._ask("POST", "/v1/credential-test", CredentialTest, request)
 
     def _ask(self, method: str, path: str, answer: type[Answer], body: Any = None) -> Answer:
-        data = None if body is None else msgspec.json.encode(body)
+        try:
+            data = None if body is None else msgspec.json.encode(body)
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"{error.object!r} is no UTF-8 text: rename it, or link to it"
+            ) from error
         try:
             # A daemon that turns this user away answers without reading the request.
             with contextlib.suppress(BrokenPipeError):

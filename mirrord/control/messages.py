@@ -155,7 +155,7 @@ class MoveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit: Limit | None = None
     mode: CopyMode = "auto"
     cutover: CutoverMode = "auto"
-    force: bool = False  # also when the target has too little room
+    force: bool = False  # also when the target has too little room, or a reboot deletes it
     wipe: bool = False  # a source block device is overwritten with zeroes at the end
 
 

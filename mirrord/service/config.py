@@ -9,6 +9,7 @@ from __future__ import annotations
 import grp
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,13 +101,31 @@ def default_state_dir() -> Path:
 
 
 def default_runtime_dir() -> Path:
-    """Return what systemd gives the service; /run/mirrord for root, else one of the user's."""
+    """Return what systemd gives the service; /run/mirrord for root, else one of the user's.
+
+    Raises RefusedError (`directory-not-ours`).
+    """
     if given := os.environ.get("RUNTIME_DIRECTORY"):  # systemd.exec(5)
         return Path(given)
     if os.geteuid() == 0:
         return Path("/run/mirrord")
-    base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/mirrord-{os.geteuid()}"
+    base = os.environ.get("XDG_RUNTIME_DIR") or _runtime_below_tmp()
     return Path(base) / "mirrord"
+
+
+def _runtime_below_tmp() -> str:
+    """Return the user's folder in /tmp, where anybody may have made one of that name before."""
+    path = f"/tmp/mirrord-{os.geteuid()}"
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return path
+    if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+        raise RefusedError(
+            "directory-not-ours",
+            f"{path} was made by another user: have it removed, or set XDG_RUNTIME_DIR",
+        )
+    return path
 
 
 def default_socket() -> Path:

@@ -211,8 +211,7 @@ class FilePlace(Place):
             parent = self._parent()
         except OSError as error:
             directory = os.path.dirname(self.location)
-            left = leaves_root(self.location, self._root, error)
-            if left is not None:
+            if (left := leaves_root(self.location, self._root, error)) is not None:
                 raise left from error
             if error.errno == errno.EACCES:
                 raise RefusedError(
@@ -236,14 +235,15 @@ class FilePlace(Place):
                 f"can't write the directory {parent.path} ({os.strerror(reason)}): "
                 f"change its {what}, or name another",
             )
-        available = parent.available_bytes()
-        if needed > available and not force:
+        room = parent.available_bytes()
+        if needed > room and not force:
             raise RefusedError(
                 "no-space",
-                f"{parent.path} has not enough space: needed {format_bytes(needed)}"
-                f" ({needed} bytes), available {format_bytes(available)}"
-                f" ({available} bytes): free some, or use --force",
+                f"{parent.path} has not enough space: needed {format_bytes(needed)} ({needed} "
+                f"bytes), available {format_bytes(room)} ({room} bytes): free some, or use --force",
             )
+        if source.capabilities.durable_flush and not force:
+            parent.refuse_volatile()
 
     def _settle_name(self, source: Backend) -> None:
         """Turn a directory's path into that of a file in it, of the source's name."""

@@ -74,6 +74,15 @@ class Directory:
                         "and is deleted when it stops: choose another place",
                     )
 
+    def refuse_volatile(self) -> None:
+        """Refuse (`volatile-place`) a folder whose files a reboot deletes."""
+        if durable.is_volatile(self.descriptor):
+            raise RefusedError(
+                "volatile-place",
+                f"{self.path} lies in memory, and what is there is gone after a reboot: "
+                "choose another place, or use --force",
+            )
+
 
 def check_name(location: str) -> None:
     """Refuse (`bad-name`) a path that no disk may have."""

@@ -228,6 +228,12 @@ def test_places_that_come_later(served: Daemon, location: str) -> None:
     assert location in refuse(served, "not-supported-yet", "attach", "x", location)
 
 
+def test_a_path_that_is_no_text(served: Daemon) -> None:
+    message = refuse(served, "usage", "attach", "x", "/y\udcff", status=2)
+    assert "UTF-8" in message
+    refuse(served, "usage", "move", "vm", "/y\udcff", status=2)
+
+
 def test_options_that_come_later(served: Daemon) -> None:
     other = served.root / "disks" / "other.raw"
     refuse(served, "not-supported-yet", "attach", "x", other, "--fuse", "/x")

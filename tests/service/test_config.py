@@ -92,6 +92,27 @@ def test_the_places_of_root_and_of_others(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(config.default_runtime_dir()) == "/tmp/mirrord-1000/mirrord"
 
 
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_folder_below_tmp_that_another_made_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    user = 54321 if kind == "folder" else os.geteuid() or 54321
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    made = Path(f"/tmp/mirrord-{user}")
+    if kind == "folder":
+        made.mkdir()
+    else:
+        made.symlink_to(tmp_path)
+        os.lchown(made, user, -1)
+    try:
+        with pytest.raises(RefusedError, match="another user") as caught:
+            config.default_socket()
+        assert caught.value.code == "directory-not-ours"
+    finally:
+        made.rmdir() if kind == "folder" else made.unlink()
+
+
 def test_places_of_a_service_are_those_that_systemd_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
