@@ -69,8 +69,6 @@ _get_buffer.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int]
 _release_buffer = ctypes.pythonapi.PyBuffer_Release
 _release_buffer.restype = None
 _release_buffer.argtypes = [ctypes.c_void_p]
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 class Slot:
@@ -180,14 +178,6 @@ def constant_address(data: Buffer) -> int:
     address = found.buf or 0
     _release_buffer(ctypes.byref(found))
     return address
-
-
-def same_bytes(one: Buffer, other: Buffer) -> bool:
-    """Tell whether both hold the same. Copies neither, which is what would take the time."""
-    count = len(one)
-    if count != len(other):
-        return False
-    return not _memcmp(constant_address(one), constant_address(other), count)
 
 
 def aligned_address(data: Buffer) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mirrord.core.geometry import KIB, MIB
 from mirrord.storage.fileio import FileIo
@@ -17,7 +15,6 @@ from mirrord.storage.memory_pool import (
     constant,
     constant_address,
     new_aligned,
-    same_bytes,
     writable,
 )
 from tests.storage.conformance import pattern
@@ -85,20 +82,3 @@ async def test_what_was_read_directly_is_written_without_the_pool(
     assert bytes(await io.read_direct(target, 0, 4 * MIB)) == content
     os.close(source)
     os.close(target)
-
-
-@given(st.binary(max_size=300), st.binary(max_size=300), st.integers(0, 300))
-def test_bytes_are_the_same_whatever_they_lie_in(one: bytes, other: bytes, skipped: int) -> None:
-    kinds = (bytes, bytearray, memoryview, lambda data: memoryview(b"x" * skipped + data)[skipped:])
-    for kind in kinds:
-        for another in kinds:
-            assert same_bytes(kind(one), another(one))
-            assert same_bytes(kind(one), another(other)) == (one == other)
-
-
-def test_large_ones_that_differ_in_the_last_byte_are_not_the_same() -> None:
-    whole, address = new_aligned(MIB)
-    writable(address, MIB)[:] = bytes(MIB)
-    assert same_bytes(whole, bytes(MIB))
-    assert not same_bytes(whole, bytes(MIB - 1) + b"x")
-    assert not same_bytes(whole, bytes(MIB - 1))
