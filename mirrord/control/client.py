@@ -127,9 +127,7 @@ class Client:
         try:
             data = None if body is None else msgspec.json.encode(body)
         except UnicodeEncodeError as error:
-            raise UsageError(
-                f"{error.object!r} is no UTF-8 text: rename it, or link to it"
-            ) from error
+            raise UsageError(f"{error.object!r} is no UTF-8: name it otherwise") from error
         try:
             # A daemon that turns this user away answers without reading the request.
             with contextlib.suppress(BrokenPipeError):
@@ -163,7 +161,7 @@ class Client:
 
 
 def _part(text: str) -> str:
-    return quote(text, safe="")
+    return quote(text, safe="", errors="replace")
 
 
 def _problem(status: int, content: bytes) -> MirrordError:

@@ -122,7 +122,7 @@ class Mover:
         if unfinished is not None:
             await self._recover(unfinished)
         else:
-            self._place = self._places.make(
+            self._place = await self._places.ready(
                 self._record.location, self._record.size, self._record.root
             )
             backend = await self._place.open(read_only=self._record.read_only, cache=self._cache)
@@ -256,7 +256,7 @@ class Mover:
         )
 
     async def _both(self, record: JobRecord, size: int) -> Places:
-        source = self._places.make(record.source, size, record.source_root)
+        source = await self._places.ready(record.source, size, record.source_root)
         return Places(source, await self._target_of(record, size), self._cache)
 
     async def _target_of(self, record: JobRecord, size: int | None = None) -> Place:
@@ -329,7 +329,7 @@ class Mover:
 
     async def _moved(self, root: str | None, location: str) -> None:
         """Make it durable that the disk is at `location` now, and show it."""
-        self._place = self._places.make(location, self.disk.size, root)
+        self._place = await self._places.ready(location, self.disk.size, root)
         self._placed = self.disk.backend
         self._record = msgspec.structs.replace(self.record(), size=self.disk.size, root=root)
         path = self._directories.disk(self._record.name) / "disk.json"

@@ -34,6 +34,7 @@ _LATER = {
 # What a killed disk process had in flight may hold its files, and their locks, a moment longer
 # than it lived; its successor must not take that for another program.
 PATIENCE_S = 1.0
+LOOK_S = 2.0  # that a look at what a path leads to may take
 # A server may take so long to see that a client is gone whose process was killed.
 SHARE_PATIENCE_S = 10.0
 PATH_BYTES_MAX = 4095  # PATH_MAX without its terminating zero
@@ -147,20 +148,37 @@ class PlaceFactory:
     async def ready(self, location: str, size: int | None = None, root: str | None = None) -> Place:
         """Return the same as `make`, for whoever serves guests meanwhile.
 
-        The code for shares takes 0.2 s to load: a thread does it, which often lets others go on.
+        The code for shares takes 0.2 s to load, and a place that hangs has no end: threads see to
+        both. What isn't known in time is told by the path alone.
         """
+        import asyncio
+
         if is_share(location):
-            import asyncio
-
             await asyncio.to_thread(_load_shares)
-        return self.make(location, size, root)
+            return self.make(location, size, root)
+        device = False
+        if root is None:
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    device = await asyncio.to_thread(_is_device, location)
+            except TimeoutError:
+                device = _is_named_as_device(location)
+        return self.make(location, size, root, device=device)
 
-    def make(self, location: str, size: int | None = None, root: str | None = None) -> Place:
+    def make(
+        self,
+        location: str,
+        size: int | None = None,
+        root: str | None = None,
+        *,
+        device: bool | None = None,
+    ) -> Place:
         """Return the place that a checked location names; nothing is touched yet.
 
         `size` is the disk's where it may lie on a larger device. A path with a `root` is never
         looked for outside of that, and is no device. On a share the server sees to it that no
-        path leads out. Raises RefusedError (`share-not-configured`, `bad-name`).
+        path leads out. `device` is whether a block device is there, if that is known: a look
+        takes as long as storage does. Raises RefusedError (`share-not-configured`, `bad-name`).
         """
         if is_share(location):
             return self._make_share(location)
@@ -168,12 +186,12 @@ class PlaceFactory:
 
         if self._io is None:
             self._io = open_io()
-        if root is None and _is_device(location):
+        if root is None and (_is_device(location) if device is None else device):
             from mirrord.storage.block import BlockPlace
 
-            device = BlockPlace(location, self._io, size=size)
-            device.patience_s = PATIENCE_S
-            return device
+            block = BlockPlace(location, self._io, size=size)
+            block.patience_s = PATIENCE_S
+            return block
         from mirrord.storage.file_place import FilePlace
 
         file = FilePlace(location, self._io, root=root)
@@ -204,4 +222,8 @@ def _is_device(location: str) -> bool:
     try:
         return stat.S_ISBLK(os.stat(location).st_mode)
     except OSError:
-        return location.startswith("/dev/") and not location.startswith("/dev/shm/")
+        return _is_named_as_device(location)
+
+
+def _is_named_as_device(location: str) -> bool:
+    return location.startswith("/dev/") and not location.startswith("/dev/shm/")

@@ -22,6 +22,7 @@ from mirrord.control.messages import (
     CredentialTest,
     CredentialTestRequest,
     Disk,
+    DiskStatus,
     Job,
     LimitRequest,
     MoveRequest,
@@ -345,6 +346,7 @@ class Registry:
         if process is not None and alive:
             if not force:
                 await self._refuse_lost(name, "its bytes would be gone: {}, or use --force")
+                await process.call("status", DiskStatus)  # of a process that is there
                 _refuse_awaited(process)
             try:
                 async with asyncio.timeout(DETACH_FORCED_S if force else None):

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from mirrord.core.units import format_bytes
 from mirrord.errors import RefusedError
 from mirrord.storage import durable
 from mirrord.storage.backend import Backend, Cache, Identity, Place
@@ -132,6 +131,7 @@ class FilePlace(Place):
     def _open(self, read_only: bool, cache: Cache) -> tuple[int, FileFacts]:
         if self._directory is None and self._root is None:
             self.location = os.path.realpath(self.location)
+            check_name(self.location)
             self._name = os.path.basename(self.location)
         try:
             descriptor = self._open_file(self._name, read_only, cache)
@@ -235,15 +235,8 @@ class FilePlace(Place):
                 f"can't write the directory {parent.path} ({os.strerror(reason)}): "
                 f"change its {what}, or name another",
             )
-        room = parent.available_bytes()
-        if needed > room and not force:
-            raise RefusedError(
-                "no-space",
-                f"{parent.path} has not enough space: needed {format_bytes(needed)} ({needed} "
-                f"bytes), available {format_bytes(room)} ({room} bytes): free some, or use --force",
-            )
-        if source.capabilities.durable_flush and not force:
-            parent.refuse_volatile()
+        if not force:
+            parent.refuse_unfit(needed, lasting=source.capabilities.durable_flush)
 
     def _settle_name(self, source: Backend) -> None:
         """Turn a directory's path into that of a file in it, of the source's name."""

@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 
+from mirrord.core.units import format_bytes
 from mirrord.errors import RefusedError
 from mirrord.storage import durable
 
@@ -74,9 +75,20 @@ class Directory:
                         "and is deleted when it stops: choose another place",
                     )
 
-    def refuse_volatile(self) -> None:
-        """Refuse (`volatile-place`) a folder whose files a reboot deletes."""
-        if durable.is_volatile(self.descriptor):
+    def refuse_unfit(self, needed: int, *, lasting: bool) -> None:
+        """Refuse a folder without space for so many bytes (`no-space`), and for a disk that is
+        `lasting` one whose files a reboot deletes (`volatile-place`)."""
+        volatile = lasting and durable.is_volatile(self.descriptor)
+        available = self.available_bytes()
+        if needed > available:
+            warning = " although it lies in memory, and a reboot deletes it" if volatile else ""
+            raise RefusedError(
+                "no-space",
+                f"{self.path} has not enough space: needed {format_bytes(needed)}"
+                f" ({needed} bytes), available {format_bytes(available)}"
+                f" ({available} bytes): free some, or use --force{warning}",
+            )
+        if volatile:
             raise RefusedError(
                 "volatile-place",
                 f"{self.path} lies in memory, and what is there is gone after a reboot: "
@@ -86,6 +98,8 @@ class Directory:
 
 def check_name(location: str) -> None:
     """Refuse (`bad-name`) a path that no disk may have."""
+    if any("\ud800" <= character <= "\udfff" for character in location):
+        raise RefusedError("bad-name", f"{location!r} is no UTF-8: name it otherwise")
     if any(ord(character) < 32 or ord(character) == 127 for character in location):
         raise RefusedError("bad-name", f"{location!r} has control characters: name it otherwise")
     for component in location.split("/"):

@@ -184,6 +184,7 @@ def test_a_target_without_space(served: Daemon, tmp_path: Path) -> None:
         message = refuse(served, "no-space", "move", "vm", small)
         assert "needed 4 MiB" in message
         assert "available 1 MiB" in message
+        assert "a reboot deletes it" in message
     finally:
         # lazy, so that a failure leaves nothing behind; that nothing is held is asserted
         held = subprocess.run(["umount", small]).returncode
@@ -231,6 +232,11 @@ def test_places_that_come_later(served: Daemon, location: str) -> None:
 def test_a_path_that_is_no_text(served: Daemon) -> None:
     message = refuse(served, "usage", "attach", "x", "/y\udcff", status=2)
     assert "UTF-8" in message
+    named = os.fsencode(served.root / "disks") + b"/x\xff.raw"
+    Path(os.fsdecode(named)).write_bytes(bytes(MIB))
+    link = served.root / "disks" / "linked.raw"
+    link.symlink_to(os.fsdecode(named))
+    assert "UTF-8" in refuse(served, "bad-name", "attach", "x", link)
     refuse(served, "usage", "move", "vm", "/y\udcff", status=2)
 
 

@@ -117,7 +117,7 @@ def test_fault_09_a_target_that_is_full_while_mirrored_pauses_the_move(
         file.truncate(SIZE)
     blocks = SIZE // 4096
     with Probe(daemon.attach("vm", disk), blocks=8) as quiet:
-        job = daemon.move("vm", small, "--cutover", "manual")
+        job = daemon.move("vm", small, "--cutover", "manual", "--force")  # it lies in memory
         daemon.wait("vm", "mirroring")
         quiet.wait(20)
         ballast = fill_up(small)
@@ -296,6 +296,9 @@ def test_storage_that_does_not_answer_holds_up_nobody_else(
                 what="it is told, too",
             )
             assert "target may hang" in daemon.json("jobs", "other-0")[0]["reason"]
+            with closing(Client(daemon.nbd_socket("other-0"), "other-0")) as its_guest:
+                its_guest.send(WRITE, 1, 0, 4096, content(0, 1))
+                assert its_guest.receive() == (1, 0)
             eventually(lambda: daemon.json("show", "stuck")["reason"], what="it is told of")
             assert "storage may hang" in daemon.json("show", "stuck")["reason"]
         with pytest.raises(RefusedError, match="exists"):

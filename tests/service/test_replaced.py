@@ -176,6 +176,18 @@ def test_a_detach_is_refused_while_guests_may_come_back(daemon: Daemon, disk: Pa
     daemon.json("detach", "vm")
 
 
+def test_a_detach_is_refused_in_the_moment_after_a_process_was_killed(
+    daemon: Daemon, disk: Path
+) -> None:
+    """What the dead one said of its guests is no word of the next one's."""
+    daemon.expect_log("restarting disk process")
+    with closing(Client(daemon.attach("vm", disk), "vm")) as client:
+        write(client, 3, 1)
+        daemon.kill_disk("vm")
+        assert daemon.run("detach", "vm", "--json").returncode == 4
+    assert daemon.json("show", "vm")["name"] == "vm"
+
+
 def test_after_a_move_nothing_of_the_old_place_is_held(
     daemon: Daemon, disk: Path, tmp_path: Path
 ) -> None:

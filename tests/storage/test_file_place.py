@@ -184,23 +184,6 @@ class TestChecking:
         assert "available" in str(error)
         await self.check(tmp_path / "target", source, some_io, needed=1 << 60, force=True)
 
-    @pytest.mark.root
-    async def test_memory_is_no_place_for_a_disk_that_survives_a_reboot(
-        self, tmp_path, source, some_io
-    ) -> None:
-        require_root()
-        with mounted("tmpfs", tmp_path) as where:
-            error = await refusal_of(self.check(where / "target", source, some_io))
-            assert error.code == "volatile-place"
-            assert "reboot" in str(error)
-            await self.check(where / "target", source, some_io, force=True)
-            fleeting = make_file(where / "disk.raw", b"x" * SIZE)
-            backend = await FilePlace(str(fleeting), some_io).open()
-            await self.check(where / "target", backend, some_io)
-            await backend.close()
-            del error  # as below
-            await asyncio.sleep(0)
-
     async def test_no_file_is_made_among_devices(self, source, some_io) -> None:
         error = await refusal_of(self.check("/dev/no-such-disk", source, some_io))
         assert error.code == "location-missing"
