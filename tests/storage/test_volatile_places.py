@@ -31,8 +31,7 @@ async def refusal(disk: Path, target: Path, io: FileIo, *, force: bool, needed: 
     try:
         await FilePlace(str(target), io).check_target(source, needed=needed, force=force)
     except RefusedError as error:
-        assert "reboot" in str(error)
-        return error.code
+        return error.code if "reboot" in str(error) else str(error)
     finally:
         await source.close()
     return ""
