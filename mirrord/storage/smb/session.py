@@ -93,7 +93,7 @@ class ShareSession:
         self.lost: LostError | None = None
         self.encrypted = False
         self.piece_bytes = PIECE_BYTES  # the most that the server takes, and that is of use
-        self.read_bytes_max = MIB * MIB  # in one answer
+        self.read_bytes_max = 8 * MIB  # in one answer, as far as is of use
         self.unbuffered = False  # the dialect has reads past the server's cache
         self._login = login
         self._seats: list[Seat] = []
@@ -285,7 +285,7 @@ class ShareSession:
         self.read_bytes_max = min(self.read_bytes_max, connection.max_read_size)
         multi_credit = bool(connection.supports_multi_credit)
         if not multi_credit:
-            self.piece_bytes = min(self.piece_bytes, wire.CREDIT_BYTES)
+            self.piece_bytes = self.read_bytes_max = min(self.piece_bytes, wire.CREDIT_BYTES)
         seal = dial.seal_of(connection, self._session, encrypt=self.encrypted, seat=seat)
         line.channel.sequence = self.sequence
         line.start(seal, self.session_id, piece_bytes=self.piece_bytes, multi_credit=multi_credit)
