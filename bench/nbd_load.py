@@ -15,7 +15,6 @@ load that only writes then would wait for it forever.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import os
@@ -151,15 +150,6 @@ def closed_loop(load: Load, rate: float, until_s: float) -> None:
         due_s = max(due_s + 1 / rate, time.perf_counter())
 
 
-def run_first() -> None:
-    """Have a processor as soon as there is something to do, where this user may.
-
-    Latency is what a guest waits for its disk, not what this program waits for a processor.
-    """
-    with contextlib.suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-
-
 def main() -> int:
     """Run one load."""
     parser = argparse.ArgumentParser()
@@ -173,7 +163,6 @@ def main() -> int:
     asked = parser.parse_args()
     load = Load(asked.socket, asked.export, asked.reads, asked.seed)
     gc.disable()
-    run_first()
     loop = closed_loop if asked.closed else open_loop
     print("ready", flush=True)
     loop(load, asked.rate, time.perf_counter() + asked.seconds)

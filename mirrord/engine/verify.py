@@ -240,7 +240,7 @@ class Verifier:
             data = await self._tracker.source.read_once(offset, length)
         except OSError as error:
             raise SourceError(error, "read of the source failed", offset) from error
-        # Comparing bytes would copy both first: 1.3 ms of everybody's time for 1 MiB.
+        # Comparing bytes would copy both first, which takes twice as long.
         return xxh3_64_intdigest(stored) == xxh3_64_intdigest(data)
 
 

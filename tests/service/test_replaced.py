@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mirrord.control import client as control
 from mirrord.core.geometry import MIB
 from mirrord.errors import RefusedError
 from mirrord.service import history, state
@@ -181,10 +182,16 @@ def test_a_detach_is_refused_in_the_moment_after_a_process_was_killed(
 ) -> None:
     """What the dead one said of its guests is no word of the next one's."""
     daemon.expect_log("restarting disk process")
-    with closing(Client(daemon.attach("vm", disk), "vm")) as client:
+    with (
+        closing(control.Client(daemon.socket)) as asker,
+        closing(Client(daemon.attach("vm", disk), "vm")) as client,
+    ):
         write(client, 3, 1)
+        daemon.json("show", "vm")  # from now on the daemon knows of that write
         daemon.kill_disk("vm")
-        assert daemon.run("detach", "vm", "--json").returncode == 4
+        with pytest.raises(RefusedError) as caught:
+            asker.detach("vm")
+    assert caught.value.code in ("clients-awaited", "disk-restarted")
     assert daemon.json("show", "vm")["name"] == "vm"
 
 

@@ -42,7 +42,8 @@ AHEAD_BYTES_MAX: Final = 256 * MIB
 # ServerSideCopyMaxChunkSize), and Samba does nothing else for us meanwhile.
 COPY_STEP_BYTES: Final = 2 * COPY_PIECE_BYTES
 
-# A first read, of twice as much as is ever in flight of a file, from where no file reaches.
+# A first read, of as much as is ever in flight of a file (4 MiB for guests, 4 for copies), from
+# where no file reaches.
 WARM_UP_BYTES: Final = 8 * MIB
 BEYOND_ANY_FILE: Final = 1 << 62
 
@@ -92,8 +93,8 @@ class ShareFile(RemoteFile):
         (mallopt(3), M_MMAP_THRESHOLD): where that is a request of ours, each request's pages are
         made anew, in a third of the time the server takes.
         """
-        length = min(WARM_UP_BYTES, self.session.read_bytes_max)
-        self.session.ask_aside(self._read(BEYOND_ANY_FILE, length, 0))
+        request = self._read(BEYOND_ANY_FILE, self.session.warm_up_bytes, 0)
+        self.session.ask_aside(request)
 
     def facts(self) -> dict[str, object]:
         kept = "persistent" if self.handle.persistent else "durable" if self.handle.durable else ""

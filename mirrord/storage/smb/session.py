@@ -37,7 +37,7 @@ from mirrord.storage.remote import LostError
 from mirrord.storage.smb import control, dial
 from mirrord.storage.smb.control import Handle
 from mirrord.storage.smb.dial import DIALECTS, Login, Seat, Security
-from mirrord.storage.smb.file import ShareFile
+from mirrord.storage.smb.file import WARM_UP_BYTES, ShareFile
 from mirrord.storage.smb.line import LOOP_S, Line, LineSettings, fail
 from mirrord.storage.smb.trouble import Step, told
 from mirrord.storage.smb.work import from_thread, in_thread, to_the_end
@@ -93,7 +93,7 @@ class ShareSession:
         self.lost: LostError | None = None
         self.encrypted = False
         self.piece_bytes = PIECE_BYTES  # the most that the server takes, and that is of use
-        self.read_bytes_max = 8 * MIB  # in one answer, as far as is of use
+        self.warm_up_bytes = WARM_UP_BYTES  # of a file's first read, as far as the server goes
         self.unbuffered = False  # the dialect has reads past the server's cache
         self._login = login
         self._seats: list[Seat] = []
@@ -282,10 +282,10 @@ class ShareSession:
         seat = Seat(connection, line, self._lines_made, signing_key)
         limits = (connection.max_read_size, connection.max_write_size)
         self.piece_bytes = min(self.piece_bytes, *limits)
-        self.read_bytes_max = min(self.read_bytes_max, connection.max_read_size)
+        self.warm_up_bytes = min(self.warm_up_bytes, connection.max_read_size)
         multi_credit = bool(connection.supports_multi_credit)
         if not multi_credit:
-            self.piece_bytes = self.read_bytes_max = min(self.piece_bytes, wire.CREDIT_BYTES)
+            self.piece_bytes = self.warm_up_bytes = min(self.piece_bytes, wire.CREDIT_BYTES)
         seal = dial.seal_of(connection, self._session, encrypt=self.encrypted, seat=seat)
         line.channel.sequence = self.sequence
         line.start(seal, self.session_id, piece_bytes=self.piece_bytes, multi_credit=multi_credit)
