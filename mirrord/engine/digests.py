@@ -102,9 +102,9 @@ class Digests:
         if verified:
             self._verified[watched.chunks.start : watched.chunks.stop] = 1
 
-    def next_unverified(self, index: int) -> int:
-        """Return the first unverified chunk at or after `index`, or -1."""
-        return self._verified.find(0, index)
+    def unverified_bits(self) -> bitarray:
+        """Return a bit for each chunk, set for those that are not verified now."""
+        return ~self._verified
 
     def unverified(self) -> int:
         """Return how many chunks are not verified."""

@@ -78,6 +78,7 @@ class Disk:
         self.backend = backend
         backend.authoritative = True  # this process has no other disk to keep waiting
         self.flush_failed = False
+        self.requests = 0  # reads and mutations that began: who changes it is at work
         # What was read since the disk was opened. A private mapping takes memory where it is set.
         map_bytes = max(1, -(-self.size // READ_UNIT_BYTES // 8))
         memory = mmap.mmap(-1, map_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -89,6 +90,7 @@ class Disk:
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Return `length` bytes from the authoritative side."""
+        self.requests += 1
         self._note_read(offset, length)
         return await self.backend.read(offset, length)
 
@@ -194,6 +196,7 @@ class Disk:
     async def _mutate(self, mutation: Mutation) -> None:
         while self._gate is not None:
             await self._gate.wait()
+        self.requests += 1
         generation = self._generation
         generation.count += 1
         try:

@@ -254,7 +254,7 @@ class Job:
             self.tracker, settings, Window(settings.chunk_bytes), self._bucket, self._share,
             digests=self.request.verify == "full", report=self._trouble, clock=self.around.clock,
         )  # fmt: skip
-        self.verifier = Verifier(self.tracker, settings)
+        self.verifier = Verifier(self.disk, self.tracker, settings)
         self._copied_before = self.progress.bytes_copied
         self.housekeeping = Housekeeping(self.tracker, settings, self._trouble)
         self.tracker.scanned = self.progress.scanned

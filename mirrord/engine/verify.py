@@ -10,10 +10,11 @@ without a digest gets a mark in its place, set under the range lock, when no wri
 If digest or mark is still there after reading, nothing was written and the comparison holds; else
 the chunk counts as written meanwhile.
 
-A chunk that the guest writes to after it was compared is compared again, in a later pass. A guest
-that never stops writing to some chunks would keep that going for ever, so there are at most
-`verify_passes_max` passes; what is left then is reported, and was written by mirrored writes that
-both sides confirmed.
+A chunk that the guest writes to after it was compared is compared again in a later pass, as long as
+each pass leaves at most half of what it found: a guest that writes faster than that would be
+followed for ever. Then only those chunks are compared again that it wrote to while they were. There
+are at most `verify_passes_max` passes; what is left then is reported, and was written by mirrored
+writes that both sides confirmed.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from bitarray import bitarray
 from xxhash import xxh3_64_intdigest
 
 from mirrord.core.geometry import MIB, Extent, Status, split
 from mirrord.engine.digests import COMPARING, Digests
+from mirrord.engine.disk import Disk
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.tracking import WriteTracker
 from mirrord.errors import SourceError, TargetError
@@ -57,11 +60,14 @@ HOLE_BYTES_MAX = 64 * 1024 * MIB
 
 
 class Verifier:
-    """Compares source and target for one job."""
+    """Compares source and target of one job, while `disk` serves a guest."""
 
-    def __init__(self, tracker: WriteTracker, settings: EngineSettings) -> None:
+    def __init__(self, disk: Disk, tracker: WriteTracker, settings: EngineSettings) -> None:
         self.verified_bytes = 0
+        self._disk = disk
+        self._requests = disk.requests
         self._tracker = tracker
+        self._disturbed = bitarray(tracker.digests.count)  # compared, and written to meanwhile
         self._settings = settings
 
     async def run(self) -> Verdict:
@@ -72,18 +78,25 @@ class Verifier:
         """
         digests = self._tracker.digests
         chunks = 0
+        following = True
+        self._disturbed.setall(0)
         for number in range(self._settings.verify_passes_max):
-            if not digests.unverified():
+            found = digests.unverified()
+            if not (found if following else self._disturbed.any()):
                 break
             # A clean cache: what is read past it is what is stored.
             await self._tracker.flush_target()
             if number == 0:
                 chunks += await self._holes()
+            wanted = digests.unverified_bits()
+            if not following:
+                wanted &= self._disturbed
             # What was written while its neighbours were read is read alone, which is quicker.
-            mismatches, compared = await self._walk(1 if number else GROUP_CHUNKS_MAX)
+            mismatches, compared = await self._walk(wanted, 1 if number else GROUP_CHUNKS_MAX)
             chunks += compared
             if mismatches:
                 return Verdict(tuple(mismatches), chunks, digests.unverified())
+            following = following and digests.unverified() <= found // 2
         return Verdict((), chunks, digests.unverified())
 
     async def _holes(self) -> int:
@@ -121,22 +134,26 @@ class Verifier:
             self.verified_bytes += end - start
         return len(chunks) if equal else 0
 
-    async def _walk(self, most: int) -> tuple[list[int], int]:
+    async def _walk(self, wanted: bitarray, most: int) -> tuple[list[int], int]:
         mismatches: list[int] = []
         compared = cursor = 0
 
-        async def worker() -> None:
-            nonlocal compared, cursor
-            while not mismatches and (group := self._group(cursor, most)):
-                cursor = group.stop
-                mismatches.extend(await self._chunks(group))
-                compared += len(group)
+        async def compare(group: range) -> None:
+            nonlocal compared
+            mismatches.extend(await self._chunks(group))
+            compared += len(group)
 
         trouble: Exception | None = None
+        busy: set[asyncio.Task[None]] = set()
+        width = 1
         try:
             async with asyncio.TaskGroup() as workers:
-                for _ in range(self._settings.verify_width):
-                    workers.create_task(worker())
+                while not mismatches and (group := self._group(wanted, cursor, most)):
+                    cursor = group.stop
+                    busy.add(workers.create_task(compare(group)))
+                    while len(busy) >= width:
+                        _, busy = await asyncio.wait(busy, return_when=asyncio.FIRST_COMPLETED)
+                        width = self._width()
         except* (SourceError, TargetError) as group:
             trouble = group.exceptions[0]
         # Not raised above: Python 3.11.2 (Debian 12) wraps what is raised inside `except*`.
@@ -144,19 +161,27 @@ class Verifier:
             raise trouble
         return sorted(mismatches), compared
 
-    def _group(self, cursor: int, most: int) -> range:
-        """Return the next unverified neighbours, at most so many, which have all a digest or none.
+    def _width(self) -> int:
+        """Return how many groups may be compared at a time: one if the guest asked for something
+        since the last look, or it would wait behind all of them (medians of moves between files:
+        1.9 ms instead of 0.5).
+        """
+        before, self._requests = self._requests, self._disk.requests
+        return 1 if self._requests != before else self._settings.verify_width
+
+    def _group(self, wanted: bitarray, cursor: int, most: int) -> range:
+        """Return the next wanted neighbours, at most so many, which have all a digest or none.
 
         So that a hole, which has none, is looked up at once.
         """
         digests = self._tracker.digests
-        first = digests.next_unverified(cursor)
+        first = wanted.find(1, cursor)
         if first < 0:
             return range(0)
         stop = first + 1
         while (
             stop < min(digests.count, first + most)
-            and digests.next_unverified(stop) == stop
+            and wanted[stop]
             and (digests.get(stop) > COMPARING) == (digests.get(first) > COMPARING)
         ):
             stop += 1
@@ -166,6 +191,7 @@ class Verifier:
         """Return the offsets of chunks that differ although nothing wrote to them meanwhile."""
         digests, bitmap = self._tracker.digests, self._tracker.bitmap
         witnesses: dict[int, int] = {}
+        self._disturbed[group.start : group.stop] = 1
         for index in group:
             witness = digests.get(index) or await self._mark(index)
             if bitmap.clean(*digests.range_of(index)):
@@ -182,6 +208,7 @@ class Verifier:
             offset, length = digests.range_of(index)
             if digests.get(index) != witness or not bitmap.clean(offset, length):
                 continue
+            self._disturbed[index] = 0
             if index in equal:
                 digests.verified(index)
                 self.verified_bytes += length

@@ -382,8 +382,7 @@ class TestDigests:
         gone = [index for index in range(11) if not digests.get(index)]
         assert gone == [0, 1, 5, 10]
         assert digests.unverified() == 4
-        assert digests.next_unverified(2) == 5
-        assert digests.next_unverified(11) == -1
+        assert list(digests.unverified_bits().search(1)) == gone
         digests.forget(0, 10 * MIB + 1)
         assert digests.unverified() == 11
 
@@ -427,7 +426,7 @@ class TestDigests:
         digests = Digests(1, MIB)
         assert digests.range_of(0) == (0, 1)
         digests.forget(0, 1)
-        assert digests.next_unverified(0) == 0
+        assert digests.unverified_bits().all()
 
 
 async def test_what_outlives_a_job_ends_in_silence() -> None:

@@ -1,4 +1,4 @@
-"""Large holes are verified as one, and only while they are holes on both sides."""
+"""What is compared again, how much at a time, and large holes as one while they are holes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ CHUNKS = 257
 DATA = 100 * MIB  # where both sides have a chunk of data
 
 Then = Callable[[], Awaitable[None]]
+Beside = Callable[[int, int], Awaitable[None]]
 
 
 @dataclass
@@ -43,6 +44,22 @@ class Sides:
     def target(self) -> DescriptorBackend:
         assert isinstance(self.tracker.target, DescriptorBackend)
         return self.tracker.target
+
+    async def fill(self, chunks: int) -> None:
+        """Have the guest write to each of the first chunks."""
+        for chunk in range(chunks):
+            await self.disk.write(chunk * MIB, b"x")
+
+    def beside_reads(self, monkeypatch: pytest.MonkeyPatch, then: Beside) -> None:
+        """Do something while a chunk is read back, told its number and how often it was."""
+        honest = self.target.read_stored
+
+        async def read(offset: int, length: int) -> object:
+            data = await honest(offset, length)
+            await then(offset // MIB, self.reads.count(offset))
+            return data
+
+        monkeypatch.setattr(self.target, "read_stored", read)
 
     def interfere(self, monkeypatch: pytest.MonkeyPatch, then: Then) -> None:
         """Do something while the holes are looked at, once."""
@@ -93,7 +110,7 @@ async def sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         return await honest(offset, length)
 
     monkeypatch.setattr(target, "read_stored", noted)
-    yield Sides(disk, tracker, Verifier(tracker, settings), reads)
+    yield Sides(disk, tracker, Verifier(disk, tracker, settings), reads)
     await tracker.close_target()
     await source.close()
     await files.close()
@@ -208,3 +225,79 @@ async def test_a_side_that_cannot_tell_is_read(
     verdict = await sides.verifier.run()
     assert (verdict.mismatches, verdict.chunks, verdict.unsettled) == ((), CHUNKS, 0)
     assert len(sides.reads) == CHUNKS
+
+
+async def test_what_few_chunks_are_written_to_is_followed(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await sides.fill(20)
+
+    async def write(chunk: int, times: int) -> None:
+        if chunk in (8, 12, 16) and times == 1:  # that one was compared already, in a group before
+            await sides.disk.write((chunk - 8) * MIB, b"y")
+
+    sides.beside_reads(monkeypatch, write)
+    verdict = await sides.verifier.run()
+    assert (verdict.mismatches, verdict.unsettled) == ((), 0)
+    assert [sides.reads.count(chunk * MIB) for chunk in range(5)] == [2, 1, 1, 1, 2]
+
+
+async def test_a_guest_that_writes_everywhere_is_not_followed(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each chunk is compared once though, and that which it disturbed once more."""
+    await sides.fill(200)
+
+    async def write(chunk: int, times: int) -> None:
+        if chunk >= 8 and times == 1:  # the group before was compared already
+            await sides.disk.write((chunk - 8) * MIB, b"y")
+        if chunk in (7, 150) and times == 1:
+            await sides.disk.write(chunk * MIB, b"z")
+
+    sides.beside_reads(monkeypatch, write)
+    verdict = await sides.verifier.run()
+    again = sorted(offset // MIB for offset in set(sides.reads) if sides.reads.count(offset) > 1)
+    assert again == [7, 150]
+    unverified = sides.tracker.digests.unverified_bits()
+    assert (verdict.mismatches, verdict.unsettled) == ((), unverified.count())
+    assert [unverified[chunk] for chunk in (7, 8, 150, 199)] == [0, 1, 0, 0]
+    assert verdict.reason.endswith(" are still being written by the guest")
+
+
+async def test_a_difference_in_what_was_disturbed_is_found(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await sides.fill(200)
+
+    async def write(chunk: int, times: int) -> None:
+        if chunk >= 8 and times == 1:
+            await sides.disk.write((chunk - 8) * MIB, b"y")
+        if (chunk, times) == (7, 1):
+            await sides.disk.write(7 * MIB, b"z")
+            await sides.target.write(7 * MIB + 1, b"lost")
+
+    sides.beside_reads(monkeypatch, write)
+    assert (await sides.verifier.run()).mismatches == (7 * MIB,)
+
+
+@pytest.mark.parametrize("at_work", [True, False])
+async def test_a_guest_at_work_waits_behind_one_comparison(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch, at_work: bool
+) -> None:
+    await sides.fill(200)
+    most = now = 0
+    honest = sides.verifier._chunks
+
+    async def chunks(group: range) -> list[int]:
+        nonlocal most, now
+        now += 1
+        most = max(most, now)
+        if at_work:
+            await sides.disk.read(255 * MIB, 512)
+        found = await honest(group)
+        now -= 1
+        return found
+
+    monkeypatch.setattr(sides.verifier, "_chunks", chunks)
+    assert (await sides.verifier.run()).unsettled == 0
+    assert most == (1 if at_work else EngineSettings().verify_width)
