@@ -32,6 +32,7 @@ COPIED_BYTES = 2048 * MIB  # so that a copy lasts some seconds
 PAUSED_BYTES = 64 * MIB
 PAUSES = 50
 MOVE_RATE, PAUSE_RATE, CALM_RATE = 3000, 500, 500  # requests a second
+AT_ONCE = 1_000_000  # more than anything answers one at a time: the next follows each answer
 CALM_S = 5
 QUIET_S = 0.5  # after a start, before what counts
 LOOK_S = 0.05
@@ -191,7 +192,7 @@ def _pause(where: str) -> Measure:
     return measure
 
 
-def _beside(copy: str) -> Measure:
+def _beside(copy: str, rate: int = CALM_RATE) -> Measure:
     """A guest on the share, and a copy to the same server: of another disk, or of its own."""
 
     def measure(folder: Path) -> dict[str, float]:
@@ -205,7 +206,7 @@ def _beside(copy: str) -> Measure:
                 shutil.copyfile(disk, other)
                 attach(control, "other", other)
             client = Client(control)
-            options = ("--rate", str(CALM_RATE), "--reads", "0.5", "--closed")
+            options = ("--rate", str(rate), "--reads", "0.5", "--closed")
             with _load(socket, "vm", *options) as measured:
                 time.sleep(QUIET_S)
                 first_s = time.time()
@@ -289,12 +290,14 @@ ALL: dict[str, Scenario] = {
         rounds=1,
     ),
     "smb-beside": Scenario(
-        f"{CALM_RATE} requests of 4 KiB a second, one at a time, beside a copy to the same server",
+        f"4 KiB, one at a time, {CALM_RATE} a second or at once, beside a copy to the same server",
         "milliseconds",
         {
             "no copy": _beside("none"),
             "another disk's copy": _beside("other"),
             "its own disk's copy": _beside("own"),
+            "no copy, at once": _beside("none", AT_ONCE),
+            "another's, at once": _beside("other", AT_ONCE),
         },
         in_memory=True,
         small_pages=True,
