@@ -269,6 +269,16 @@ async def test_a_broken_answer_ends_the_line_at_once(peer: Peer, message: bytes)
     assert request in peer.lost[0][1], "whoever waits is told"
 
 
+async def test_requests_are_timed_more_finely_than_by_the_loop(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvloop's clock counts milliseconds, of which a server nearby needs half a one."""
+    monkeypatch.setattr("mirrord.storage.smb.line.monotonic", lambda: 5.00075)
+    request = read()
+    await ask(peer, request)
+    assert request.sent_s == 5.00075
+
+
 async def test_an_unsigned_answer_on_a_signed_line_ends_it(peer: Peer) -> None:
     peer.line.channel.seal = Signed(Signing.AES_GMAC, bytes(16))
     await ask(peer, read())

@@ -20,6 +20,7 @@ import queue
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Final, cast
 
 from mirrord.core.geometry import KIB
@@ -95,7 +96,7 @@ class Line(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=UNSENT_HIGH, low=UNSENT_HIGH // 4)
         _keep_alive(transport.get_extra_info("socket"), self._settings.silence_s)
-        self.channel.heard_s = self._loop.time()
+        self.channel.heard_s = monotonic()  # not the loop's clock: uvloop's counts milliseconds
         self._timer = self._loop.call_later(self._settings.check_s, self._check)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -104,7 +105,7 @@ class Line(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         channel = self.channel
         try:
-            replies = channel.received(nbytes, self._loop.time())
+            replies = channel.received(nbytes, monotonic())
         except ProtocolError as error:
             self.lose(f"the server broke the protocol: {error}")
             return
@@ -168,7 +169,7 @@ class Line(asyncio.BufferedProtocol):
             return
         if self.channel.seal is None:
             self.channel.greet(message)
-            self._greeted_s = self._loop.time()
+            self._greeted_s = monotonic()
         else:
             self.channel.control(message)
         self._soon()
@@ -200,7 +201,7 @@ class Line(asyncio.BufferedProtocol):
             return
         if not self._congested:
             try:
-                channel.pump(self._loop.time())
+                channel.pump(monotonic())
             except ProtocolError as error:
                 self.lose(str(error))
                 return
@@ -230,7 +231,7 @@ class Line(asyncio.BufferedProtocol):
     def _check(self) -> None:
         """Look at the deadlines."""
         channel, settings = self.channel, self._settings
-        now_s = self._loop.time()
+        now_s = monotonic()
         since_s = self._asked_s()
         if channel.seal is not None:
             limits = ((settings.request_s, False), (settings.pending_s, True))
@@ -259,7 +260,7 @@ class Line(asyncio.BufferedProtocol):
             self._echoed = False
         elif not self._echoed:
             self._echoed = True
-            self.channel.keep_alive(self._loop.time())
+            self.channel.keep_alive(monotonic())
             self._soon()
 
 
