@@ -22,12 +22,19 @@ WINDOW_MAX_BYTES = 64 * MIB
 QUEUED_CHUNKS = (1.0, 4.0)
 # Fewer completions than this say nothing about latency.
 ROUND_CHUNKS_MIN = 4
-ROUND_CHUNKS_MIN_SPREAD = 16
 # A round that moved this much more than the one before it has proved that growing helps.
 GAIN = 1.1
 # Every so many rounds the least latency is measured anew, with a short queue: storage changes, and
 # one lucky round must not rule for ever. Costs less than 2 % of the throughput.
 PROBE_ROUNDS = 64
+# A round of `Climb` has so many pieces: with half as many, chance decides too often where latencies
+# are spread (a model of disks with 2 ms on the average: 0.62 of the full rate instead of 0.80). The
+# first ones, which double what is in flight, are shorter. After something wider and something
+# narrower have failed it stands still for some rounds: each trial costs latency or rate.
+CLIMB_PIECES = 64
+CLIMB_FIRST_PIECES = 16
+CLIMB_POWER = 1 / 3
+CLIMB_STILL_ROUNDS = 6
 # Rates follow a change within seconds, and don't show single requests.
 HALF_LIFE_S = 3.0
 SAMPLE_MIN_S = 0.1
@@ -89,26 +96,12 @@ class Window:
     the least one seen. What is in flight beyond rate x least latency only waits in a queue
     (TCP Vegas: Brakmo and Peterson, 1995). A short queue, or a round that moved clearly more than
     the last, makes the window grow; a long one, which is latency that the guest suffers too,
-    makes it shrink. `queued` are the lengths of queue that are short and long, in chunks.
-    `latency_s` is the last round's mean, infinite before its end.
-
-    With `spread`, latencies are so different anyhow (a server's disks, other hosts on the link)
-    that a mean tells of no queue: of a longer round the least latency counts, which has waited in
-    all of the queue as well.
+    makes it shrink. `latency_s` is the last round's mean, infinite before its end.
     """
 
-    def __init__(
-        self,
-        chunk_bytes: int,
-        max_bytes: int = WINDOW_MAX_BYTES,
-        *,
-        queued: tuple[float, float] = QUEUED_CHUNKS,
-        spread: bool = False,
-    ) -> None:
+    def __init__(self, chunk_bytes: int, max_bytes: int = WINDOW_MAX_BYTES) -> None:
         self.chunk_bytes = chunk_bytes
-        self._spread = spread
-        self._round_chunks_min = ROUND_CHUNKS_MIN_SPREAD if spread else ROUND_CHUNKS_MIN
-        self._short, self._long = (chunks * chunk_bytes for chunks in queued)
+        self._short, self._long = (chunks * chunk_bytes for chunks in QUEUED_CHUNKS)
         self.max_bytes = max(chunk_bytes, max_bytes)
         self.bytes = min(self.max_bytes, 2 * chunk_bytes)  # one being read, one being written
         self.latency_s = float("inf")
@@ -121,7 +114,6 @@ class Window:
         self._round_bytes = 0
         self._round_count = 0
         self._round_latency_s = 0.0
-        self._round_least_s = float("inf")
 
     def completed(self, length: int, latency_s: float, now_s: float) -> None:
         """Count a chunk that was copied; `latency_s` is its time in flight."""
@@ -130,18 +122,14 @@ class Window:
         self._round_bytes += length
         self._round_count += 1
         self._round_latency_s += latency_s
-        self._round_least_s = min(self._round_least_s, latency_s)
-        if self._round_bytes >= self.bytes and self._round_count >= self._round_chunks_min:
+        if self._round_bytes >= self.bytes and self._round_count >= ROUND_CHUNKS_MIN:
             self._end_round(now_s - self._round_started_s)
             self._round_started_s = now_s
             self._round_bytes = self._round_count = 0
             self._round_latency_s = 0.0
-            self._round_least_s = float("inf")
 
     def _end_round(self, elapsed_s: float) -> None:
         latency_s = self.latency_s = max(self._round_latency_s / self._round_count, 1e-9)
-        if self._spread:
-            latency_s = max(self._round_least_s, 1e-9)
         rate = self._round_bytes / max(elapsed_s, 1e-9)
         self._rounds += 1
         if self._probing_for:
@@ -168,6 +156,75 @@ class Window:
             self._least_s = latency_s
             self.bytes = self._probing_for
             self._probing_for = 0
+
+
+class Climb:
+    """How much may be in flight to a server that others use too: as little as moves as much.
+
+    `bytes` is from one piece to a maximum. Rounds with a wider or narrower bound are compared with
+    rounds of the present one. A wider one stays if it moved clearly more (half as much again in
+    flight must bring a seventh), a narrower one unless it moved clearly less. So what would only
+    wait in a queue isn't sent, wherever that queue is, and latencies need not be understood: those
+    of a server's disks differ anyhow. What it climbs is rate^3 / bytes in flight; a network's
+    "power", rate / latency (Kleinrock, 1979), is rate^2 / bytes in flight, and gives up more rate.
+    """
+
+    def __init__(self, piece_bytes: int, max_bytes: int) -> None:
+        self.bytes = 2 * piece_bytes
+        self._piece_bytes = piece_bytes
+        self._max_bytes = max_bytes
+        self._present = self.bytes  # what others are compared with
+        self._rate: float | None = None  # of the present one; None: to be measured
+        self._wider = True  # what is tried next
+        self._beginning = True  # until something wider has not helped
+        self._still = 0  # rounds before something else is tried
+        self._round_bytes = 0
+        self._round_started_s: float | None = None
+
+    def completed(self, length: int, now_s: float) -> None:
+        """Count a piece that was copied while others waited for their turn."""
+        if self._round_started_s is None:
+            self._round_started_s = now_s
+            return
+        self._round_bytes += length
+        least = CLIMB_FIRST_PIECES if self._beginning else CLIMB_PIECES
+        if self._round_bytes >= max(least * self._piece_bytes, 2 * self.bytes):
+            self._end_round(self._round_bytes / max(now_s - self._round_started_s, 1e-9))
+            self._round_started_s = now_s
+            self._round_bytes = 0
+
+    def restart(self) -> None:
+        """Begin anew with what is present: something else bounded what was in flight."""
+        self.bytes, self._rate = self._present, None
+        self._round_started_s = None
+        self._round_bytes = 0
+
+    def _end_round(self, rate: float) -> None:
+        if self.bytes == self._present:
+            self._rate = rate if self._rate is None else (self._rate + rate) / 2
+        elif rate > (self._rate or 0.0) * (self.bytes / self._present) ** CLIMB_POWER:
+            self._present, self._rate = self.bytes, rate
+            if not self._beginning:
+                return  # measured again before the next
+        else:
+            self._beginning = False
+            self._still = 0 if self._wider else CLIMB_STILL_ROUNDS
+            self._wider = not self._wider
+            self.bytes, self._rate = self._present, None
+            return
+        if self._still:
+            self._still -= 1
+            return
+        self.bytes = self._next()
+        if self.bytes == self._present:
+            self._wider = not self._wider
+
+    def _next(self) -> int:
+        pieces = self._present // self._piece_bytes
+        if not self._wider:
+            return max(1, pieces - max(1, pieces // 3)) * self._piece_bytes
+        step = pieces if self._beginning else max(1, pieces // 2)
+        return min(self._max_bytes, (pieces + step) * self._piece_bytes)
 
 
 class Rates:

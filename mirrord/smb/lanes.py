@@ -6,9 +6,9 @@ ones at the latest. So that a small one never waits behind megabytes, what is in
 is bounded: a lot while no small ones come, little while they do. Files are bounded apart, for a
 target that hangs must not keep a guest from its disk.
 
-Copies have a narrower bound, a window of their own, for other guests use the server too, by
-connections of other processes and hosts, and wait behind whatever is queued there or on the way.
-Nobody tells us of them; but what is queued, each answer is late by (`core.pacing.Window`).
+Copies have a narrower bound of their own, for other guests use the server too, by connections of
+other processes and hosts, and wait behind whatever is queued there or on the way. Nobody tells us
+of them; so no more is in flight than what makes copies faster (`core.pacing.Climb`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import deque
 from typing import Any, Final
 
 from mirrord.core.geometry import KIB, MIB
-from mirrord.core.pacing import Window
+from mirrord.core.pacing import Climb
 from mirrord.smb import wire
 from mirrord.smb.wire import Bytes
 
@@ -34,9 +34,6 @@ OVERTAKEN_BYTES_MAX: Final = 256 * KIB
 LEAST_BYTES: Final = 4 * KIB  # that a request counts for there
 # What is best asked for at a time by a copy: a server is at it for a fraction of a millisecond.
 COPY_PIECE_BYTES: Final = 256 * KIB
-# Pieces that may be queued at the server or on the way, before more or less of them are sent. With
-# half as many, by the mean latency, guests waited a tenth less, and copies took a fifth longer.
-COPIES_QUEUED: Final = (1.0, 2.0)
 
 
 class Request:
@@ -90,13 +87,12 @@ class Lanes:
     """Requests that wait. `first` is sent next: `take` it, and tell when it was `answered`."""
 
     def __init__(self) -> None:
-        self.window = Window(COPY_PIECE_BYTES, BULK_BYTES_MAX, queued=COPIES_QUEUED, spread=True)
+        self.window = Climb(COPY_PIECE_BYTES, BULK_BYTES_MAX)
         self._control, self._small = deque[Request](), deque[Request]()
         self._large: dict[_Lane, deque[Request]] = {}  # none is empty; the first one's turn is next
         self._flying: dict[_Lane, int] = {}  # bytes
         self._small_lately = 0
         self._overtaken_bytes = 0
-        self._piece_bytes = 0  # of a whole one: smaller ones are quicker
         self._waiting = 0
 
     def __len__(self) -> int:
@@ -184,11 +180,12 @@ class Lanes:
         self._flying[lane] -= count
         if not self._flying[lane]:
             del self._flying[lane]
-        if request.copying_bytes:
-            self._piece_bytes = min(max(self._piece_bytes, count), COPY_PIECE_BYTES)
-            # Where none waits, it isn't the window that holds them back.
-            if count >= self._piece_bytes and lane in self._large:
-                self.window.completed(count, now_s - request.sent_s, now_s)
+        if not request.copying_bytes:
+            return
+        if self._small_lately or lane not in self._large:
+            self.window.restart()
+        else:
+            self.window.completed(count, now_s)
 
 
 def _is_large(request: Request) -> bool:

@@ -11,6 +11,7 @@ from mirrord.core.pacing import (
     BURST_BYTES,
     DEBT_MAX_S,
     WINDOW_MAX_BYTES,
+    Climb,
     Rates,
     TokenBucket,
     Window,
@@ -106,16 +107,33 @@ class Storage:
         self._free_s = [0.0] * lanes
         self._flight: list[tuple[float, float]] = []
 
+    def next(self, window_bytes: int) -> float:
+        """Fill the window with chunks of 1 MiB; return how long the next one took that ends."""
+        while not self._flight or (len(self._flight) + 1) * MIB <= window_bytes:
+            self._free_s.sort()
+            ends_s = max(self.now_s, self._free_s[0]) + self.chunk_s
+            self._free_s[0] = ends_s
+            self._flight.append((ends_s, self.now_s))
+        self._flight.sort()
+        self.now_s, started_s = self._flight.pop(0)
+        return self.now_s - started_s
+
     def run(self, window: Window, chunks: int) -> None:
         for _ in range(chunks):
-            while not self._flight or (len(self._flight) + 1) * window.chunk_bytes <= window.bytes:
-                self._free_s.sort()
-                ends_s = max(self.now_s, self._free_s[0]) + self.chunk_s
-                self._free_s[0] = ends_s
-                self._flight.append((ends_s, self.now_s))
-            self._flight.sort()
-            self.now_s, started_s = self._flight.pop(0)
-            window.completed(window.chunk_bytes, self.now_s - started_s, self.now_s)
+            window.completed(MIB, self.next(window.bytes), self.now_s)
+
+    def climb(self, climb: Climb, pieces: int, *, rest_each: int = 0) -> list[int]:
+        """Return the bound in MiB after each piece."""
+        bounds = []
+        for number in range(pieces):
+            self.next(climb.bytes)
+            if rest_each and number % rest_each == 0:
+                climb.restart()
+                self.now_s += 60.0
+            else:
+                climb.completed(MIB, self.now_s)
+            bounds.append(climb.bytes // MIB)
+        return bounds
 
 
 def test_a_window_has_a_floor_and_a_ceiling() -> None:
@@ -158,17 +176,49 @@ def test_the_window_shrinks_when_storage_slows_down() -> None:
     assert window.bytes < wide / 2
 
 
-def test_where_latencies_differ_the_least_of_a_round_tells_of_a_queue() -> None:
-    """One answer in eight is quick. A mean calls the others a queue; then all of them wait."""
-    window, taken = Window(MIB, spread=True), Window(MIB)
-    for step in range(640):
-        for each in (window, taken):
-            each.completed(MIB, 0.05 if step % 8 else 0.001, step / 1000)
-    assert window.bytes == WINDOW_MAX_BYTES
-    assert taken.bytes < window.bytes / 2
-    for step in range(640, 1200):
-        window.completed(MIB, 0.05 if step % 8 else 0.02, step / 1000)
-    assert window.bytes < WINDOW_MAX_BYTES / 2
+# -- the climb
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 6, 16, 40])
+def test_as_little_is_in_flight_as_moves_as_much(lanes: int) -> None:
+    climb, server = Climb(MIB, 16 * MIB), Storage(lanes, 0.01)
+    assert climb.bytes == 2 * MIB
+    server.climb(climb, 6000)
+    started_s = server.now_s
+    bounds = server.climb(climb, 4000)
+    useful = min(lanes, 16)
+    assert 4000 / (server.now_s - started_s) > 0.85 * useful / 0.01
+    assert sum(bounds) / len(bounds) < useful + 1
+    assert min(bounds) >= 1
+    assert max(bounds) <= 16
+
+
+def test_what_is_in_flight_shrinks_when_the_server_slows_down_and_grows_again() -> None:
+    climb, server = Climb(MIB, 16 * MIB), Storage(16, 0.01)
+    server.climb(climb, 3000)
+    server.lanes, server._free_s = 1, [server.now_s]
+    bounds = server.climb(climb, 12_000)
+    assert bounds[0] > 8
+    assert bounds[-1] <= 3
+    server.lanes, server._free_s = 16, [server.now_s] * 16
+    assert max(server.climb(climb, 12_000)) > 8
+
+
+def test_a_pause_is_no_slow_round() -> None:
+    climb, server = Climb(MIB, 16 * MIB), Storage(16, 0.01)
+    assert server.climb(climb, 2000, rest_each=15)[-1] == 2, "no round came to its end"
+    assert max(server.climb(climb, 2000, rest_each=70)) > 8
+
+
+def test_a_trial_that_cannot_be_measured_is_given_up() -> None:
+    climb, server = Climb(MIB, 16 * MIB), Storage(6, 0.01)
+    server.climb(climb, 3000)
+    bounds = server.climb(climb, 2000)
+    usual = max(bounds, key=bounds.count)
+    while climb.bytes == usual * MIB:
+        server.climb(climb, 1)
+    climb.restart()
+    assert climb.bytes == usual * MIB
 
 
 # -- rates and predictions

@@ -170,9 +170,25 @@ def test_much_is_on_its_way_where_that_is_long() -> None:
     assert lanes.window.bytes <= BULK_BYTES_MAX
 
 
-def test_answers_that_differ_are_not_taken_for_a_queue() -> None:
-    """A server's disks answer as they like; of the least latency a queue is a part as well."""
-    assert run(Lanes(), 1e9, 200e-6, 4000, spread_s=2e-3) > 0.6e9
+@pytest.mark.parametrize(("spread_s", "least"), [(2e-3, 0.7e9), (8e-3, 0.3e9)])
+def test_answers_that_differ_are_not_taken_for_a_queue(spread_s: float, least: float) -> None:
+    """A server's disks answer as they like: with 4 MiB in flight 1 GB/s and 0.45."""
+    assert run(Lanes(), 1e9, 200e-6, 4000, spread_s=spread_s) > least
+
+
+@pytest.mark.parametrize("by", ["small ones", "nothing waits"])
+def test_what_something_else_bounded_tells_nothing(by: str) -> None:
+    lanes = waiting(*(copy() for _ in range(500)))
+    for at in range(200):
+        if by == "small ones":
+            lanes.add(small())
+        taken = take_all(lanes)
+        if by == "nothing waits":
+            lanes.clear()
+        for request in taken:
+            lanes.answered(request, at + 0.001)
+        lanes.add(copy())
+    assert lanes.window.bytes == 2 * COPY_PIECE_BYTES
 
 
 def test_a_window_that_is_never_full_does_not_grow() -> None:
@@ -196,23 +212,6 @@ def test_small_answers_change_nothing() -> None:
     (request,) = take_all(lanes)
     lanes.answered(request, 1.0)
     assert lanes.beside_small
-
-
-def test_pieces_that_are_no_whole_ones_tell_of_no_queue() -> None:
-    """They are quicker, and a whole one that isn't would seem to wait."""
-    lanes = waiting(*(copy() for _ in range(400)))
-    for number in range(200):
-        for request in take_all(lanes):
-            request.sent_s = number
-            lanes.answered(request, number + 0.002)
-        lanes.add(copy(4096))
-    before = lanes.window.bytes
-    lanes.clear()
-    for _ in range(100):
-        lanes.add(copy(4096))
-    for request in take_all(lanes):
-        lanes.answered(request, request.sent_s + 0.1)
-    assert lanes.window.bytes == before
 
 
 def test_what_is_too_large_is_taken_out() -> None:
