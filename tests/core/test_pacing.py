@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,6 +204,30 @@ def test_what_is_in_flight_shrinks_when_the_server_slows_down_and_grows_again() 
     assert bounds[-1] <= 3
     server.lanes, server._free_s = 16, [server.now_s] * 16
     assert max(server.climb(climb, 12_000)) > 8
+
+
+def test_a_round_lasts_until_its_own_bound_is_measured() -> None:
+    """Of the first ones half a bound is still what the bound before it let through."""
+    climb, server = Climb(MIB, 16 * MIB), Storage(40, 0.01)
+    bounds = server.climb(climb, 100)
+    changes = [at for at in range(1, 100) if bounds[at] != bounds[at - 1]]
+    assert [bounds[at] for at in changes] == [4, 8, 16]
+    assert [b - a for a, b in itertools.pairwise(changes)] == [16, 16]
+    wide = Climb(MIB, 200 * MIB)
+    server = Storage(400, 0.01)
+    bounds = server.climb(wide, 1000)
+    changes = [at for at in range(1, 1000) if bounds[at] != bounds[at - 1]]
+    assert [b - a for a, b in itertools.pairwise(changes)] == [16, 16, 32, 64, 128, 256]
+
+
+@pytest.mark.parametrize("lanes", [3, 6])
+def test_trials_are_few_once_neither_way_helps(lanes: int) -> None:
+    """They cost latency or rate."""
+    climb, server = Climb(MIB, 16 * MIB), Storage(lanes, 0.01)
+    server.climb(climb, 6000)
+    bounds = server.climb(climb, 6000)
+    usual = max(bounds, key=bounds.count)
+    assert bounds.count(usual) > 0.7 * len(bounds)
 
 
 def test_a_pause_is_no_slow_round() -> None:

@@ -12,7 +12,12 @@ import pytest
 
 from mirrord.core.geometry import MIB
 from mirrord.core.migration import Phase
-from mirrord.engine.copier import PIECE_CHUNKS_MAX, PIECE_SPAN_CHUNKS_MAX
+from mirrord.engine.copier import (
+    PIECE_CHUNKS_MAX,
+    PIECE_SPAN_CHUNKS_MAX,
+    WORKERS_MAX,
+    WORKERS_MIRRORING_MAX,
+)
 from mirrord.engine.recovery import Places
 from mirrord.storage.descriptor import DescriptorBackend
 from mirrord.storage.file_place import FilePlace
@@ -102,6 +107,30 @@ async def test_what_lies_far_apart_is_taken_apart(moved) -> None:
 async def test_a_worker_takes_one_chunk(moved, options) -> None:
     pieces = await moved(list(range(CHUNKS)), **options)
     assert {chunks_of(piece) for piece in pieces} == {1}
+
+
+@pytest.mark.parametrize("mode", ["mirror", "copy"])
+async def test_few_workers_copy_at_a_time_while_a_guest_waits_for_the_target(
+    moved, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """And as many otherwise as gain something: for many the target takes as long as for one."""
+    answer_delay_s = 0.002
+    at_once = [0]
+    honest = DescriptorBackend.carry_from
+
+    async def slowly(self, *args):
+        at_once.append(at_once[-1] + 1)
+        await asyncio.sleep(answer_delay_s)
+        found = await honest(self, *args)
+        at_once.append(at_once[-1] - 1)
+        return found
+
+    monkeypatch.setattr(DescriptorBackend, "carry_from", slowly)
+    await moved(list(range(CHUNKS)), mode=mode, settings=replace(SETTINGS, piece_s=0.0))
+    if mode == "mirror":
+        assert max(at_once) == WORKERS_MIRRORING_MAX
+    else:
+        assert 2 * WORKERS_MIRRORING_MAX < max(at_once) <= WORKERS_MAX
 
 
 @pytest.fixture

@@ -227,7 +227,7 @@ async def test_a_side_that_cannot_tell_is_read(
     assert len(sides.reads) == CHUNKS
 
 
-async def test_what_few_chunks_are_written_to_is_followed(
+async def test_a_few_chunks_that_are_written_to_are_compared_again(
     sides: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await sides.fill(20)

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from mirrord.core.geometry import MIB
+from mirrord.core.pacing import CLIMB_FIRST_PIECES
 from mirrord.smb import wire
 from mirrord.smb.lanes import (
     BULK_BYTES_BESIDE_SMALL,
@@ -199,6 +200,23 @@ def test_a_window_that_is_never_full_does_not_grow() -> None:
         request.sent_s = at
         lanes.answered(request, at + 0.001)
     assert lanes.window.bytes == 2 * COPY_PIECE_BYTES
+
+
+def test_a_round_that_something_else_bounded_is_begun_anew() -> None:
+    """One piece too few to end it, one behind which nothing waits, and a pause of a minute."""
+    lanes, now_s, bounds = Lanes(), 0.0, set[int]()
+    for _ in range(200):
+        for at in range(CLIMB_FIRST_PIECES + 1):
+            lanes.add(copy())
+            if at < CLIMB_FIRST_PIECES:
+                lanes.add(copy())
+            lanes.take(request := lanes.first() or pytest.fail("nothing may go"))
+            now_s += 0.001
+            lanes.answered(request, now_s)
+            lanes.clear()
+            bounds.add(lanes.window.bytes)
+        now_s += 60.0
+    assert bounds == {2 * COPY_PIECE_BYTES}
 
 
 def test_a_flush_holds_no_bulk_back() -> None:
