@@ -90,12 +90,10 @@ class Legs:
         """Return how many are under way."""
         return len(self._live)
 
-    def begin(self, mutation: Mutation, *, as_asked: bool = False) -> Leg:
-        """Begin the mutation on the target; `as_asked` with the durability that it wants."""
+    def begin(self, mutation: Mutation) -> Leg:
+        """Begin the mutation on the target, with no durability of its own (R10)."""
         leg = Leg(self, mutation)
-        if as_asked:
-            self._run(leg, mutation.apply(self._target))
-        elif not mutation.begin_mirror(self._target, leg.ended):
+        if not mutation.begin_mirror(self._target, leg.ended):
             self._run(leg, mutation.mirror(self._target))
         self._live.add(leg)
         return leg

@@ -151,7 +151,7 @@ class WriteTracker:
             raise
         finally:
             self._source_unflushed.end(flush, good=good)
-        if self.strict:  # if it ended meanwhile, ABORT is durable and the source alone counts
+        if self.strict:
             await self._flush_strictly()
 
     def dirty_extents(self, offset: int, length: int) -> list[Extent]:
@@ -242,6 +242,7 @@ class WriteTracker:
                 await self.asked(self.target.flush(), self._settings.flush_stall_s)
                 good = True
             except OSError as error:
+                self._strict_flush_failed = self.strict
                 self.distrust_target()
                 trouble = TargetError(error, "flush of the target failed")
                 self._report(trouble)
@@ -409,13 +410,15 @@ class WriteTracker:
         try:
             self.bitmap.mark(start, length)
             await self._intend_strictly(mutation)
-            leg = self._legs.begin(mutation, as_asked=True)
+            leg = self._legs.begin(mutation)
             await mutation.apply(self.source)
             error = await leg.outcome(self._loop.time() + self._settings.target_budget_s)
         finally:
             self._unlock(ticket, leg)
         if error is not None:
             raise OtherSideError(EIO, "the target failed, and the commit is unknown") from error
+        if mutation.fua:
+            await self._flush_strictly()
 
     async def _intend_strictly(self, mutation: Mutation) -> None:
         try:
@@ -432,13 +435,21 @@ class WriteTracker:
             leg.afterwards(lambda: self.locks.release(ticket))
 
     async def _flush_strictly(self) -> None:
-        if self._strict_flush_failed:
-            raise OtherSideError(EIO, "an earlier flush of the target failed")
-        try:
-            await self.target.flush()
-        except OSError as error:
-            self._strict_flush_failed = True
-            raise OtherSideError(EIO, "the flush of the target failed") from error
+        """Make the target durable, or fail it and every later flush: a retried one proves nothing.
+
+        One at a time, as `flush_target`. If strict mode ended while this waited, the source alone
+        counts, or the pivot's flush was as good.
+        """
+        async with self._flushing:
+            if not self.strict:
+                return
+            if self._strict_flush_failed:
+                raise OtherSideError(EIO, "an earlier flush of the target failed")
+            try:
+                await self.target.flush()
+            except OSError as error:
+                self._strict_flush_failed = True
+                raise OtherSideError(EIO, "the flush of the target failed") from error
 
     def _own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = self._loop.create_task(work)

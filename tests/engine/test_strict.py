@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 from mirrord.core.migration import Phase
+from mirrord.errors import TargetError
 from tests.engine.crashes import SMALL, UNIT, CrashBench
 from tests.engine.faults import FOR_EVER, Rule
 from tests.engine.rules import NEW, NEWER, turns
@@ -81,6 +82,78 @@ async def test_the_targets_failed_flush_is_remembered_over_the_pivot(bench: Cras
     assert bench.disk.backend is bench.target
     with pytest.raises(OSError, match="an earlier flush failed"):
         await bench.disk.flush()
+
+
+@pytest.mark.parametrize("whose", ["a FUA write's", "a checkpoint's"])
+async def test_any_failed_flush_of_the_target_is_remembered(bench: CrashBench, whose: str) -> None:
+    """What it lost is what an earlier write brought, which a guest's next flush would promise."""
+    commit = await doubt(bench)
+    await bench.write(0, NEW)
+    bench.at_target.fail("flush", errno=errno.EIO)
+    if whose == "a FUA write's":
+        with pytest.raises(OSError, match="the flush of the target failed"):
+            await bench.disk.write(UNIT, NEW, fua=True)
+    else:
+        with pytest.raises(TargetError):
+            await bench.tracker.flush_target()
+    with pytest.raises(OSError, match="an earlier flush of the target failed"):
+        await bench.disk.flush()
+    with pytest.raises(OSError, match="an earlier flush of the target failed"):
+        await bench.disk.write(UNIT, NEW, fua=True)
+    await bench.disk.write(UNIT, NEW)
+    commit.release()
+    assert (await bench.finish()).phase is Phase.DONE
+    with pytest.raises(OSError, match="an earlier flush failed"):
+        await bench.disk.flush()
+
+
+@pytest.mark.parametrize("first", ["a guest's", "a checkpoint's"])
+async def test_a_flush_waits_for_one_under_way(bench: CrashBench, first: str) -> None:
+    """It would take the place of one that is to fail: a lost page is told of once."""
+    commit = await doubt(bench)
+    await bench.write(0, NEW)
+    rule = bench.at_target.hang("flush")
+    begin = bench.disk.flush if first == "a guest's" else bench.tracker.flush_target
+    before = bench.guest(begin())
+    await rule.wait()
+    asked = bench.at_target.count("flush")
+    guests = [bench.guest(bench.disk.flush()), bench.guest(bench.disk.write(UNIT, NEW, fua=True))]
+    await turns()
+    assert bench.at_target.count("flush") == asked
+    assert not any(guest.done() for guest in guests)
+    rule.errno = errno.EIO
+    rule.release()
+    with pytest.raises((OSError, TargetError)):
+        await before
+    for guest in guests:
+        with pytest.raises(OSError, match="an earlier flush of the target failed"):
+            await guest
+    commit.release()
+    assert (await bench.finish()).phase is Phase.DONE
+
+
+@pytest.mark.parametrize("works", [True, False], ids=["works", "fails"])
+async def test_a_flush_that_waits_for_the_pivots(bench: CrashBench, works: bool) -> None:
+    """The pivot's flush is as good, and a failed one of the disk's own would be no other's."""
+    commit = await doubt(bench)
+    await bench.write(0, NEW)
+    rule = bench.at_target.hang("flush")
+    commit.release()
+    await rule.wait()
+    guest = bench.guest(bench.disk.flush())
+    await turns()
+    asked = bench.at_target.count("flush")
+    if not works:
+        rule.errno = errno.EIO
+    rule.release()
+    if works:
+        await guest
+        await bench.target.forget()  # what was not flushed
+    else:
+        with pytest.raises(OSError, match="an earlier flush failed"):
+            await guest
+    assert bench.at_target.count("flush") == asked
+    await bench.assert_moved(await bench.finish())
 
 
 @pytest.mark.parametrize("works", [True, False], ids=["works", "fails"])

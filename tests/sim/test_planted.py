@@ -20,9 +20,9 @@ from mirrord.engine.ledger import Ledger
 from mirrord.engine.mutation import Mutation
 from mirrord.engine.tracking import Locks, WriteTracker
 from tests.sim.run import Report, simulate
-from tests.sim.scenario import Load, Scenario, draw
+from tests.sim.scenario import CALM_S, Load, Scenario, draw
 from tests.sim.store import SimStore
-from tests.sim.world import CrashPlan
+from tests.sim.world import CrashPlan, Fault
 
 SEEDS_MAX = 3000  # the rarest needs a few hundred; ten times that, so that luck plays no part
 CLEAN_SEEDS = 40  # each; test_sim.py has the thousands
@@ -153,6 +153,15 @@ def bit_cleared_before_the_scan(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WriteTracker, "scanned", scanned, raising=False)
 
 
+def a_failed_flush_forgotten_while_the_commit_is_unknown(patch: pytest.MonkeyPatch) -> None:
+    """R15: the next flush of the target succeeds although what the failed one lost is lost.
+
+    Was in the engine once, of FUA writes and checkpoints.
+    """
+    forgetful = property(lambda self: False, lambda self, value: None)
+    patch.setattr(WriteTracker, "_strict_flush_failed", forgetful, raising=False)
+
+
 def aim(
     scenario: Scenario, *, mode: str = "auto", power: bool | None = None, linger: bool = False
 ) -> Scenario:
@@ -213,6 +222,21 @@ def aim_at_commit(scenario: Scenario) -> Scenario:
     return scenario
 
 
+def aim_at_doubt(scenario: Scenario) -> Scenario:
+    """A commit that stays unknown, a flush of the target that fails, and a power cut."""
+    scenario = aim(scenario, mode="mirror")
+    rng = random.Random(f"doubt {scenario.seed}")
+    scenario.settings = replace(scenario.settings, retry_first_s=0.5, retry_max_s=0.5)
+    scenario.eager = {}
+    scenario.loads = [Load(requests=100, depth=2, think_s=0.02, hot=0.0)] * 2
+    scenario.faults = [
+        Fault("store", "sync_write_log", 2, until_s=CALM_S, lands=1.0),
+        Fault("target", "flush", rng.randrange(3, 9), lands=0.0),
+    ]
+    scenario.crashes = [CrashPlan(True, 4, "store", "write_log", "before")]
+    return scenario
+
+
 PLANTED: list[tuple[Patch, Callable[[Scenario], Scenario]]] = [
     (no_intent_bit, lambda s: aim(s, power=True, linger=True)),
     (no_range_lock, aim_at_mirror),
@@ -224,6 +248,7 @@ PLANTED: list[tuple[Patch, Callable[[Scenario], Scenario]]] = [
     (bit_cleared_before_the_targets_flush, lambda s: aim(s, power=True, linger=True)),
     (bit_cleared_before_the_sources_flush, lambda s: aim(s, power=True, linger=True)),
     (bit_cleared_before_the_scan, aim_at_scan),
+    (a_failed_flush_forgotten_while_the_commit_is_unknown, aim_at_doubt),
 ]
 
 
