@@ -83,6 +83,9 @@ async def verifying(job: Job) -> Outcome:
     if job.request.verify != "none":
         verdict = await job.verifier.run()
         if verdict.mismatches:
+            assert job.tracker is not None
+            # A mirrored write that is under way must not drop these marks at its end.
+            job.tracker.stop_mirroring()
             for offset in verdict.mismatches:
                 length = min(job.settings.chunk_bytes, job.bitmap.size - offset)
                 job.bitmap.mark(offset, length)
@@ -151,6 +154,7 @@ async def paused(job: Job) -> Outcome:
 
 async def degraded(job: Job) -> Outcome:
     """Try a failing target again, with growing delays."""
+    assert job.tracker is not None
     if job.copier.copied_bytes > job.copied_at_trouble + PROGRESS_CHUNKS * job.settings.chunk_bytes:
         job.attempts = 0
     job.copied_at_trouble = job.copier.copied_bytes
@@ -160,6 +164,7 @@ async def degraded(job: Job) -> Outcome:
         job.resumed.clear()
         trouble = await _try(job)
         if trouble is None:
+            job.tracker.digests.restart()  # what it had may have suffered as well
             return _back(job, "the target works again")
         job.reason = str(trouble)
         if trouble.errno in NO_SPACE:

@@ -12,9 +12,10 @@ the chunk counts as written meanwhile.
 
 A chunk that the guest writes to after it was compared is compared again in a later pass, as long as
 each pass leaves at most half of what it found: a guest that writes faster than that would be
-followed for ever. Then only those chunks are compared again that it wrote to while they were. There
-are at most `verify_passes_max` passes; what is left then is reported, and was written by mirrored
-writes that both sides confirmed.
+followed for ever. There are at most `verify_passes_max` passes. What it wrote to during each of
+its comparisons is then compared with its range locked, so that nothing is left that never was; the
+guest waits for that one chunk. What was written after a comparison is counted in the verdict: by
+mirrored writes, which both sides confirmed.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ from mirrord.storage.backend import Backend
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verification found: offsets of chunks that differ, and what could not settle."""
+    """What a verification found: offsets of chunks that differ, else how many all are.
+
+    `written_since` of them were written to after they had been compared.
+    """
 
     mismatches: tuple[int, ...]
     chunks: int
-    unsettled: int
+    written_since: int
 
     @property
     def reason(self) -> str:
@@ -48,12 +52,15 @@ class Verdict:
         if self.mismatches:
             found = ", ".join(str(offset) for offset in self.mismatches[:3])
             return f"{len(self.mismatches)} chunks differ, the first at offset {found}"
-        busy = f"; {self.unsettled} are still being written by the guest" if self.unsettled else ""
-        return f"{self.chunks} chunks are equal on both sides{busy}"
+        since = f"; the guest wrote to {self.written_since} since" if self.written_since else ""
+        return f"all {self.chunks} chunks were equal on both sides{since}"
 
 
 # Chunks that are compared together: what one call costs, all of them do.
 GROUP_CHUNKS_MAX = 8
+
+# So many that differ are looked for, to copy them again; a target with more isn't worth the time.
+MISMATCHES_MAX = 64
 
 # How much of a hole is compared at once: a guest's write into it leaves so much to the walk.
 HOLE_BYTES_MAX = 64 * 1024 * MIB
@@ -74,51 +81,48 @@ class Verifier:
         """Compare every chunk that was not compared since it was written.
 
         Needs mirroring to be on and the bitmap clean. Raises SourceError and TargetError when a
-        side can't be read. Stops early, with what it found, at the first mismatches.
+        side can't be read. Stops early, with what it found, at many mismatches.
         """
         digests = self._tracker.digests
-        chunks = 0
-        following = True
         self._disturbed.setall(0)
+        mismatches: list[int] = []
         for number in range(self._settings.verify_passes_max):
             found = digests.unverified()
-            if not (found if following else self._disturbed.any()):
+            if not found or mismatches:
                 break
             # A clean cache: what is read past it is what is stored.
             await self._tracker.flush_target()
             if number == 0:
-                chunks += await self._holes()
-            wanted = digests.unverified_bits()
-            if not following:
-                wanted &= self._disturbed
+                await self._holes()
             # What was written while its neighbours were read is read alone, which is quicker.
-            mismatches, compared = await self._walk(wanted, 1 if number else GROUP_CHUNKS_MAX)
-            chunks += compared
-            if mismatches:
-                return Verdict(tuple(mismatches), chunks, digests.unverified())
-            following = following and digests.unverified() <= found // 2
-        return Verdict((), chunks, digests.unverified())
+            most = 1 if number else GROUP_CHUNKS_MAX
+            mismatches += await self._walk(digests.unverified_bits(), most)
+            if digests.unverified() > found // 2:
+                break
+        if self._disturbed.any() and not mismatches:
+            await self._tracker.flush_target()
+            mismatches += await self._walk(self._disturbed.copy(), 1, locked=True)
+        return Verdict(tuple(mismatches), digests.count, digests.unverified())
 
-    async def _holes(self) -> int:
-        """Compare what is a large hole on both sides; return how many chunks that were.
+    async def _holes(self) -> None:
+        """Compare what is a large hole on both sides.
 
         Where a side can't tell, or something is written meanwhile, the walk comes to it.
         """
         source, target = self._tracker.source, self._tracker.target
-        least, compared = self._settings.hole_chunks_min * self._settings.chunk_bytes, 0
+        least = self._settings.hole_chunks_min * self._settings.chunk_bytes
         for at, count in split(0, source.size, self._settings.scan_bytes):
-            for outer in await _large_holes(target, at, count, least):
-                for inner in await _large_holes(source, outer.offset, outer.length, least):
+            for outer in await self._large_holes(target, at, count, least):
+                for inner in await self._large_holes(source, outer.offset, outer.length, least):
                     for start, length in split(inner.offset, inner.length, HOLE_BYTES_MAX):
-                        compared += await self._hole(start, length)
-        return compared
+                        await self._hole(start, length)
 
-    async def _hole(self, offset: int, length: int) -> int:
+    async def _hole(self, offset: int, length: int) -> None:
         """Verify the chunks in what has just been a hole on both sides, if it is still one."""
         digests = self._tracker.digests
         chunks = digests.inside(offset, length)
         if not chunks:
-            return 0
+            return
         start, end = digests.range_of(chunks[0])[0], sum(digests.range_of(chunks[-1]))
         ticket = await self._tracker.locks.acquire(start, end)
         watched = digests.watch(chunks)
@@ -132,23 +136,24 @@ class Verifier:
             digests.settle(watched, verified=equal)
         if equal:
             self.verified_bytes += end - start
-        return len(chunks) if equal else 0
 
-    async def _walk(self, wanted: bitarray, most: int) -> tuple[list[int], int]:
+    async def _walk(self, wanted: bitarray, most: int, *, locked: bool = False) -> list[int]:
+        """Compare what is wanted, so many chunks at once; return the offsets of what differs."""
         mismatches: list[int] = []
-        compared = cursor = 0
+        cursor = 0
 
         async def compare(group: range) -> None:
-            nonlocal compared
-            mismatches.extend(await self._chunks(group))
-            compared += len(group)
+            mismatches.extend(await (self._locked(group) if locked else self._chunks(group)))
 
         trouble: Exception | None = None
         busy: set[asyncio.Task[None]] = set()
         width = 1
         try:
             async with asyncio.TaskGroup() as workers:
-                while not mismatches and (group := self._group(wanted, cursor, most)):
+                while len(mismatches) < MISMATCHES_MAX:
+                    group = self._group(wanted, cursor, most)
+                    if not group:
+                        break
                     cursor = group.stop
                     busy.add(workers.create_task(compare(group)))
                     while len(busy) >= width:
@@ -159,7 +164,7 @@ class Verifier:
         # Not raised above: Python 3.11.2 (Debian 12) wraps what is raised inside `except*`.
         if trouble is not None:
             raise trouble
-        return sorted(mismatches), compared
+        return sorted(mismatches)
 
     def _width(self) -> int:
         """Return how many groups may be compared at a time: one if the guest asked for something
@@ -189,13 +194,38 @@ class Verifier:
 
     async def _chunks(self, group: range) -> list[int]:
         """Return the offsets of chunks that differ although nothing wrote to them meanwhile."""
-        digests, bitmap = self._tracker.digests, self._tracker.bitmap
-        witnesses: dict[int, int] = {}
-        self._disturbed[group.start : group.stop] = 1
+        digests = self._tracker.digests
         for index in group:
-            witness = digests.get(index) or await self._mark(index)
-            if bitmap.clean(*digests.range_of(index)):
-                witnesses[index] = witness
+            if not digests.get(index):
+                # A mark in the digest's place, when no mirrored write is under way.
+                offset, length = digests.range_of(index)
+                ticket = await self._tracker.locks.acquire(offset, offset + length)
+                digests.compare(index)
+                self._tracker.locks.release(ticket)
+        return await self._marked(group)
+
+    async def _locked(self, group: range) -> list[int]:
+        """Do the same while mirrored writes to the chunks wait."""
+        digests = self._tracker.digests
+        start, end = digests.range_of(group[0])[0], sum(digests.range_of(group[-1]))
+        ticket = await self._tracker.locks.acquire(start, end)
+        try:
+            for index in group:
+                if not digests.get(index):
+                    digests.compare(index)
+            return await self._marked(group)
+        finally:
+            self._tracker.locks.release(ticket)
+
+    async def _marked(self, group: range) -> list[int]:
+        """Do the same of chunks that have a digest or a mark, if nothing was written since."""
+        digests, bitmap = self._tracker.digests, self._tracker.bitmap
+        self._disturbed[group.start : group.stop] = 1
+        witnesses = {
+            index: witness
+            for index in group
+            if (witness := digests.get(index)) and bitmap.clean(*digests.range_of(index))
+        }
         equal = await self._have(
             {index: witness for index, witness in witnesses.items() if witness != COMPARING}
         )
@@ -215,15 +245,6 @@ class Verifier:
             else:
                 mismatches.append(offset)
         return mismatches
-
-    async def _mark(self, index: int) -> int:
-        """Put a mark where a digest would be, at a moment when no mirrored write is under way."""
-        digests = self._tracker.digests
-        offset, length = digests.range_of(index)
-        ticket = await self._tracker.locks.acquire(offset, offset + length)
-        digests.compare(index)
-        self._tracker.locks.release(ticket)
-        return COMPARING
 
     async def _stored(self, offset: int, length: int) -> bytes | bytearray | memoryview:
         try:
@@ -257,7 +278,9 @@ class Verifier:
 
     async def _both_hole(self, offset: int, length: int) -> bool:
         source, target = self._tracker.source, self._tracker.target
-        return await _all_hole(source, offset, length) and await _all_hole(target, offset, length)
+        return await self._hole_in(source, offset, length) and await self._hole_in(
+            target, offset, length
+        )
 
     async def _same(self, offset: int, length: int) -> bool:
         if await self._both_hole(offset, length):
@@ -270,28 +293,30 @@ class Verifier:
         # Comparing bytes would copy both first, which takes twice as long.
         return xxh3_64_intdigest(stored) == xxh3_64_intdigest(data)
 
+    async def _large_holes(
+        self, side: Backend, offset: int, length: int, least: int
+    ) -> list[Extent]:
+        """Return the holes of at least so many bytes, as far as the side can tell."""
+        found: list[Extent] = []
+        end = offset + length
+        while offset < end:
+            for extent in await self._extents(side, offset, end - offset):
+                stop = min(extent.end, end)
+                if extent.status is Status.HOLE and stop - extent.offset >= least:
+                    found.append(Extent(extent.offset, stop - extent.offset, Status.HOLE))
+                offset = stop
+        return found
 
-async def _large_holes(backend: Backend, offset: int, length: int, least: int) -> list[Extent]:
-    """Return the holes of at least so many bytes, as far as the backend can tell."""
-    found: list[Extent] = []
-    end = offset + length
-    while offset < end:
+    async def _hole_in(self, side: Backend, offset: int, length: int) -> bool:
+        first = (await self._extents(side, offset, length))[0]
+        return first.status is Status.HOLE and first.end >= offset + length
+
+    async def _extents(self, side: Backend, offset: int, length: int) -> list[Extent]:
+        """Return what is there; data where the side can't tell: reading tells what is wrong."""
+        asking = side.extents(offset, length)
         try:
-            extents = await backend.extents(offset, end - offset)
+            if side is self._tracker.target:
+                return await self._tracker.asked(asking)
+            return await asking
         except OSError:
-            return found  # reading it will tell what is wrong
-        for extent in extents:
-            stop = min(extent.end, end)
-            if extent.status is Status.HOLE and stop - extent.offset >= least:
-                found.append(Extent(extent.offset, stop - extent.offset, Status.HOLE))
-            offset = stop
-    return found
-
-
-async def _all_hole(backend: Backend, offset: int, length: int) -> bool:
-    try:
-        extents: list[Extent] = await backend.extents(offset, length)
-    except OSError:
-        return False  # not known to be a hole: reading it will tell what is wrong
-    first = extents[0]
-    return first.status is Status.HOLE and first.end >= offset + length
+            return [Extent(offset, length, Status.DATA)]

@@ -27,6 +27,10 @@ def entered(bench: CrashBench) -> list[Phase]:
     return [step.phase for step in bench.job.migration.story]
 
 
+def told(bench: CrashBench) -> list[Event | None]:
+    return [step.event for step in bench.job.migration.story]
+
+
 # 8 and 9: no space
 
 
@@ -263,11 +267,43 @@ async def test_12_a_target_that_differs_again_is_given_up(bench: CrashBench) -> 
     assert bench.names() == ["source"]
 
 
+async def test_what_differs_is_copied_again_though_a_guest_writes_there(bench: CrashBench) -> None:
+    """Its mirrored write began before the chunk was to be copied, and ends after."""
+    await bench.begin()
+    first = bench.at_target.hang("read_stored")
+    await bench.run_to(first)
+    await bench.target.inner.write(3 * UNIT + 2048, NEW[:512])
+    reading = bench.at_target.hang("read_stored", within=range(16 * UNIT, SIZE))
+    first.release()
+    await bench.run_to(reading)
+    writing = bench.at_source.hang("write")
+    guest = bench.guest(bench.write(3 * UNIT, NEW[:512]))
+    await bench.run_to(writing)
+    reading.release()
+    await eventually_async(lambda: Event.MISMATCH_FOUND in told(bench))
+    writing.release()
+    await guest
+    await bench.assert_moved(await bench.finish())
+    assert told(bench).count(Event.MISMATCH_FOUND) == 1
+
+
+async def test_a_target_that_was_in_trouble_is_verified_anew(bench: CrashBench) -> None:
+    """What it had may have suffered: here, a chunk that had been verified."""
+    await bench.hold_mirroring(verify="full")
+    failing = bench.at_target.fail(*WRITING, "flush", errno=errno.EIO, times=FOR_EVER)
+    await bench.write(0, NEW)
+    await bench.run_to_phase(Phase.DEGRADED)
+    await bench.target.inner.write(3 * UNIT, NEW)
+    failing.release()
+    await bench.assert_moved(await bench.cut_over())
+    assert Event.MISMATCH_FOUND in told(bench)
+
+
 # 14: a target that hangs for ever
 
 
 @pytest.mark.fault(14)
-@pytest.mark.parametrize("operation", ["write", "flush", "read_stored"])
+@pytest.mark.parametrize("operation", ["write", "flush", "read_stored", "extents"])
 async def test_14_a_target_that_hangs_while_copying(bench: CrashBench, operation: str) -> None:
     """Degraded, and the guest waits for nothing."""
     bench.settings = replace(SMALL, target_stall_s=0.1, flush_stall_s=0.1, drain_s=0.1)

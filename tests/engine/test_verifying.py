@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from mirrord.core.bitmap import DirtyBitmap, IntentMap, bitmap_bytes_for
-from mirrord.core.geometry import MIB, Extent
+from mirrord.core.geometry import MIB, Extent, Status
 from mirrord.engine.digests import Digests
 from mirrord.engine.disk import Disk
 from mirrord.engine.intents import Intents
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.tracking import WriteTracker
-from mirrord.engine.verify import Verifier
+from mirrord.engine.verify import GROUP_CHUNKS_MAX, MISMATCHES_MAX, Verifier
+from mirrord.errors import TargetError
 from mirrord.storage.descriptor import DescriptorBackend
 from mirrord.storage.file_place import FilePlace
 from mirrord.storage.fileio import open_io
@@ -133,7 +135,7 @@ async def test_holes_are_verified_without_a_look_at_each_chunk(
 
     monkeypatch.setattr(sides.target, "extents", extents)
     verdict = await sides.verifier.run()
-    assert (verdict.mismatches, verdict.chunks, verdict.unsettled) == ((), CHUNKS, 0)
+    assert (verdict.mismatches, verdict.chunks, verdict.written_since) == ((), CHUNKS, 0)
     assert sides.verifier.verified_bytes == SIZE
     assert len(asked) < 10
     assert sides.reads == [DATA]
@@ -142,9 +144,10 @@ async def test_holes_are_verified_without_a_look_at_each_chunk(
 async def test_a_short_hole_is_left_to_the_walk(sides: Sides) -> None:
     for chunk in range(0, CHUNKS - 1, 15):
         await sides.disk.write(chunk * MIB, b"x")
-    assert await sides.verifier._holes() == 0
+    await sides.verifier._holes()
+    assert sides.verifier.verified_bytes == 0
     verdict = await sides.verifier.run()
-    assert (verdict.mismatches, verdict.chunks, verdict.unsettled) == ((), CHUNKS, 0)
+    assert (verdict.mismatches, verdict.chunks, verdict.written_since) == ((), CHUNKS, 0)
 
 
 @pytest.mark.parametrize("at", [0, DATA - MIB, SIZE - 1])
@@ -204,7 +207,7 @@ async def test_what_is_marked_meanwhile_is_not_called_verified(
 
     sides.interfere(monkeypatch, mark)
     verdict = await sides.verifier.run()
-    assert (verdict.mismatches, verdict.unsettled) == ((), 1)
+    assert (verdict.mismatches, verdict.written_since) == ((), 1)
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
@@ -221,9 +224,10 @@ async def test_a_side_that_cannot_tell_is_read(
         raise OSError("no such question")
 
     monkeypatch.setattr(sides.target, "extents", refuse)
-    assert await sides.verifier._holes() == 0
+    await sides.verifier._holes()
+    assert sides.verifier.verified_bytes == 0
     verdict = await sides.verifier.run()
-    assert (verdict.mismatches, verdict.chunks, verdict.unsettled) == ((), CHUNKS, 0)
+    assert (verdict.mismatches, verdict.chunks, verdict.written_since) == ((), CHUNKS, 0)
     assert len(sides.reads) == CHUNKS
 
 
@@ -238,14 +242,14 @@ async def test_a_few_chunks_that_are_written_to_are_compared_again(
 
     sides.beside_reads(monkeypatch, write)
     verdict = await sides.verifier.run()
-    assert (verdict.mismatches, verdict.unsettled) == ((), 0)
+    assert (verdict.mismatches, verdict.written_since) == ((), 0)
     assert [sides.reads.count(chunk * MIB) for chunk in range(5)] == [2, 1, 1, 1, 2]
 
 
 async def test_a_guest_that_writes_everywhere_is_not_followed(
     sides: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each chunk is compared once though, and that which it disturbed once more."""
+    """Each chunk is compared once though, and that which it disturbed once more, locked."""
     await sides.fill(200)
 
     async def write(chunk: int, times: int) -> None:
@@ -259,9 +263,12 @@ async def test_a_guest_that_writes_everywhere_is_not_followed(
     again = sorted(offset // MIB for offset in set(sides.reads) if sides.reads.count(offset) > 1)
     assert again == [7, 150]
     unverified = sides.tracker.digests.unverified_bits()
-    assert (verdict.mismatches, verdict.unsettled) == ((), unverified.count())
+    assert (verdict.mismatches, verdict.written_since) == ((), unverified.count())
     assert [unverified[chunk] for chunk in (7, 8, 150, 199)] == [0, 1, 0, 0]
-    assert verdict.reason.endswith(" are still being written by the guest")
+    assert verdict.reason == (
+        f"all {CHUNKS} chunks were equal on both sides; "
+        f"the guest wrote to {verdict.written_since} since"
+    )
 
 
 async def test_a_difference_in_what_was_disturbed_is_found(
@@ -278,6 +285,79 @@ async def test_a_difference_in_what_was_disturbed_is_found(
 
     sides.beside_reads(monkeypatch, write)
     assert (await sides.verifier.run()).mismatches == (7 * MIB,)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+async def test_a_chunk_that_is_written_to_whenever_it_is_compared_is_compared(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    """At last with its range locked: the guest's write waits for that one comparison."""
+    sides.verifier._settings = replace(sides.verifier._settings, verify_passes_max=passes)
+    await sides.fill(20)
+    await sides.target.write(7 * MIB + 500_000, b"rotten")
+    writes: list[asyncio.Task[None]] = []
+    waited = []
+
+    async def write(chunk: int, times: int) -> None:
+        if chunk == 7:
+            writes.append(asyncio.create_task(sides.disk.write(7 * MIB, b"y")))
+            done, _ = await asyncio.wait(writes[-1:], timeout=0.05)
+            waited.append(not done)
+
+    sides.beside_reads(monkeypatch, write)
+    assert (await sides.verifier.run()).mismatches == (7 * MIB,)
+    assert waited == [False] * (len(waited) - 1) + [True]
+    assert len(waited) == min(passes, 2) + 1
+    await asyncio.gather(*writes)
+
+
+async def test_all_that_differ_are_found_in_one_run(sides: Sides) -> None:
+    """They are copied again once: what is found in the next run ends the move."""
+    far_apart = (3 * MIB, 90 * MIB, 250 * MIB)
+    for at in far_apart:
+        await sides.target.write(at, b"rotten")
+    assert (await sides.verifier.run()).mismatches == far_apart
+
+
+async def test_a_target_that_is_all_different_ends_the_run_early(sides: Sides) -> None:
+    for chunk in range(CHUNKS):
+        await sides.target.write(chunk * MIB, b"rotten")
+    found = len((await sides.verifier.run()).mismatches)
+    assert MISMATCHES_MAX <= found < MISMATCHES_MAX + 5 * GROUP_CHUNKS_MAX
+
+
+async def test_a_side_that_fails_while_a_chunk_is_locked_leaves_it_unlocked(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def trouble(chunk: int, times: int) -> None:
+        if (chunk, times) == (7, 1):
+            await sides.disk.write(7 * MIB, b"y")
+        elif chunk == 7:
+            raise OSError(errno.EIO, "gone")
+
+    sides.verifier._settings = replace(sides.verifier._settings, verify_passes_max=1)
+    await sides.fill(20)
+    sides.beside_reads(monkeypatch, trouble)
+    with pytest.raises(TargetError, match="gone"):
+        await sides.verifier.run()
+    await sides.disk.write(7 * MIB, b"z")
+
+
+async def test_a_target_that_does_not_say_what_it_holds_is_noticed(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = asyncio.Event()
+    sides.tracker._settings = replace(sides.tracker._settings, target_stall_s=0.05)
+
+    async def extents(offset: int, length: int) -> list[Extent]:
+        await hangs.wait()
+        return [Extent(offset, length, Status.DATA)]
+
+    monkeypatch.setattr(sides.target, "extents", extents)
+    verifying = asyncio.create_task(sides.verifier.run())
+    await eventually_async(lambda: sides.tracker.overdue)
+    hangs.set()
+    assert (await verifying).mismatches == ()
 
 
 @pytest.mark.parametrize("at_work", [True, False])
@@ -299,5 +379,5 @@ async def test_a_guest_at_work_waits_behind_one_comparison(
         return found
 
     monkeypatch.setattr(sides.verifier, "_chunks", chunks)
-    assert (await sides.verifier.run()).unsettled == 0
+    assert (await sides.verifier.run()).written_since == 0
     assert most == (1 if at_work else EngineSettings().verify_width)
