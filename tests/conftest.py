@@ -96,6 +96,16 @@ def daemon(make_daemon: Callable[..., Daemon]) -> Daemon:
     return one
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what may take long: at the end, all processes but one would wait for it."""
+
+    def limit_s(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("timeout")
+        return mark.args[0] if mark else 0.0
+
+    items.sort(key=limit_s, reverse=True)
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """In CI, fail a run that skipped what this machine could have run."""
     if not os.environ.get("CI") or hasattr(session.config, "workerinput"):
