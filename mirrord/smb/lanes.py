@@ -182,7 +182,7 @@ class Lanes:
             del self._flying[lane]
         if not request.copying_bytes:
             return
-        if self._small_lately or lane not in self._large:
+        if self._small_lately:
             self.window.restart()
         else:
             self.window.completed(count, now_s)
