@@ -18,7 +18,7 @@ import msgspec
 import typer
 
 import mirrord
-from mirrord import display
+from mirrord import display, streams
 from mirrord.control.client import Client
 from mirrord.control.messages import AttachRequest, Job, MoveRequest
 from mirrord.core.units import check_name, parse_rate
@@ -456,6 +456,7 @@ def _complain(code: str, message: str, json: bool) -> None:
 
 def main() -> int:
     """Run the command line and return its exit code."""
+    streams.open_missing()
     if COMPLETE_VARIABLE in os.environ:
         from typer.completion import get_completion_inspect_parameters
 
@@ -477,18 +478,18 @@ def _run(json: bool) -> int:
         return UsageError.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        return _unread()
-    except SystemExit as ended:
-        if ended.code == 1:  # how typer ends when it meets the closed pipe first
-            return _unread()
-        raise
-
-
-def _unread() -> int:
-    """Whoever read our output has seen enough; keep the interpreter from complaining later."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    except (BrokenPipeError, SystemExit) as ended:
+        # Whoever read our output has seen enough. Typer ends with 1 when it meets that first.
+        if isinstance(ended, SystemExit) and ended.code != 1:
+            raise
+        streams.discard_output()
+        return 0
+    except OSError:
+        if (failure := streams.output_failure()) is None:
+            raise
+        streams.discard_output()
+        _complain("no-output", f"standard output: {failure.strerror}", json)
+        return RefusedError.exit_code
 
 
 def _usage(error: Exception) -> str:

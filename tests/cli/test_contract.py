@@ -318,10 +318,26 @@ def test_version_and_help() -> None:
     assert "Commands:" in error
 
 
-def test_output_into_a_closed_pipe() -> None:
-    program = Path(sys.executable).parent / "mirrord"
+FULL = "mirrord: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "error"),
+    [
+        ("mirrord --help | true; exit ${PIPESTATUS[0]}", 0, ""),
+        ("mirrord --help >&-", 0, ""),
+        ("mirrord --version <&- >&- 2>&-", 0, ""),
+        ("mirrord --version >/dev/full", 4, FULL),
+        ("mirrord --help >/dev/full", 4, FULL),
+        ("mirrord ls --json --socket /nowhere >/dev/full", 5, None),
+        ("mirrord ls --socket /nowhere 2>&-", 5, ""),
+    ],
+)
+def test_output_that_nobody_reads(line: str, code: int, error: str | None) -> None:
+    programs = Path(sys.executable).parent
     done = subprocess.run(
-        f"{program} --help | true; exit ${{PIPESTATUS[0]}}",
-        shell=True, executable="/bin/bash", capture_output=True, text=True,
+        line, shell=True, executable="/bin/bash", capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"},
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == code, done.stderr
+    assert error is None or done.stderr == error

@@ -41,7 +41,9 @@ MODULES = python_files("mirrord")
 
 
 # Modules of one layer, without a folder.
-COMMAND_LINE = {"cli", "demo", "display", "doctor", "libvirt_commands", "options", "waiting"}
+COMMAND_LINE = {
+    "cli", "demo", "display", "doctor", "libvirt_commands", "options", "streams", "waiting",
+}  # fmt: skip
 
 
 def layer(name: str) -> str:
