@@ -205,7 +205,7 @@ class Verifier:
         return await self._marked(group)
 
     async def _locked(self, group: range) -> list[int]:
-        """Do the same while mirrored writes to the chunks wait."""
+        """Return the same; meanwhile mirrored writes to the chunks wait."""
         digests = self._tracker.digests
         start, end = digests.range_of(group[0])[0], sum(digests.range_of(group[-1]))
         ticket = await self._tracker.locks.acquire(start, end)
@@ -218,7 +218,7 @@ class Verifier:
             self._tracker.locks.release(ticket)
 
     async def _marked(self, group: range) -> list[int]:
-        """Do the same of chunks that have a digest or a mark, if nothing was written since."""
+        """Return the same of chunks that have a digest or a mark, which a write takes away."""
         digests, bitmap = self._tracker.digests, self._tracker.bitmap
         self._disturbed[group.start : group.stop] = 1
         witnesses = {
