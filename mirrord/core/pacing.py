@@ -29,7 +29,7 @@ GAIN = 1.1
 PROBE_ROUNDS = 64
 # A round of `Climb` has so many pieces. In models of copies to, from and inside a server, over
 # links of 1 and 10 Gbit/s, with answers of a kind or spread as those of disks, 1 GiB moves with
-# 0.91 of the rate that 4 MiB in flight give (geometric mean of 48, the least 0.65); with half as
+# 0.90 of the rate that 4 MiB in flight give (geometric mean of 48, the least 0.64); with half as
 # many pieces 0.89, with twice as many 0.91. The first rounds, which double what is in flight, are
 # shorter, unless they fail. After something wider and something narrower have failed it stands
 # still for some rounds: each trial costs latency or rate.
@@ -37,7 +37,7 @@ CLIMB_PIECES = 64
 CLIMB_FIRST_PIECES = 16
 CLIMB_POWER = 1 / 3
 CLIMB_STILL_ROUNDS = 6
-# Nothing that copies without a rest is silent for so long; what isn't copying says nothing.
+# What is sent so long after the last answer comes after a pause: what isn't copying says nothing.
 CLIMB_PAUSE_S = 0.25
 # Rates follow a change within seconds, and don't show single requests.
 HALF_LIFE_S = 3.0
@@ -187,9 +187,9 @@ class Climb:
         self._round_started_s: float | None = None
         self._last_s = 0.0
 
-    def completed(self, length: int, now_s: float) -> None:
+    def completed(self, length: int, sent_s: float, now_s: float) -> None:
         """Count a piece that was copied, whatever bounds how many there are."""
-        if self._round_started_s is None or now_s - self._last_s > CLIMB_PAUSE_S:
+        if self._round_started_s is None or sent_s - self._last_s > CLIMB_PAUSE_S:
             self.restart()
             self._round_started_s = self._last_s = now_s
             return
@@ -242,7 +242,8 @@ class Climb:
         pieces = self._present // self._piece_bytes
         if not self._wider:
             return max(1, pieces - max(1, pieces // 3)) * self._piece_bytes
-        step = pieces if self._beginning else max(1, pieces // 2)
+        # Callers have four at a time: between two and four nothing pays.
+        step = pieces if self._beginning or pieces <= 4 else pieces // 2
         return min(self._max_bytes, (pieces + step) * self._piece_bytes)
 
 

@@ -84,6 +84,7 @@ async def verifying(job: Job) -> Outcome:
         verdict = await job.verifier.run()
         if verdict.mismatches:
             assert job.tracker is not None
+            job.verified = False
             # A mirrored write that is under way must not drop these marks at its end.
             job.tracker.stop_mirroring()
             for offset in verdict.mismatches:
@@ -144,6 +145,8 @@ async def retiring(job: Job) -> Outcome:
 async def paused(job: Job) -> Outcome:
     """Wait for the operator, or for space."""
     job.copier.stop()
+    if job.space_wanted:
+        _doubt(job)
     while job.space_wanted and not job.pause_wished and not job.resumed.is_set():
         await _wait(job.resumed, job.settings.space_probe_s)
         if not job.resumed.is_set() and await _try(job) is None and not job.pause_wished:
@@ -154,7 +157,7 @@ async def paused(job: Job) -> Outcome:
 
 async def degraded(job: Job) -> Outcome:
     """Try a failing target again, with growing delays."""
-    assert job.tracker is not None
+    _doubt(job)
     if job.copier.copied_bytes > job.copied_at_trouble + PROGRESS_CHUNKS * job.settings.chunk_bytes:
         job.attempts = 0
     job.copied_at_trouble = job.copier.copied_bytes
@@ -164,7 +167,6 @@ async def degraded(job: Job) -> Outcome:
         job.resumed.clear()
         trouble = await _try(job)
         if trouble is None:
-            job.tracker.digests.restart()  # what it had may have suffered as well
             return _back(job, "the target works again")
         job.reason = str(trouble)
         if trouble.errno in NO_SPACE:
@@ -175,6 +177,13 @@ async def degraded(job: Job) -> Outcome:
             job.attempts = max(0, job.attempts - 1)
         elif job.attempts >= job.settings.target_attempts_max:
             return Event.PAUSE_REQUESTED, f"{job.attempts} attempts failed, the last: {trouble}"
+
+
+def _doubt(job: Job) -> None:
+    """Have everything verified anew: what the target had may have suffered as well."""
+    assert job.tracker is not None
+    job.tracker.digests.restart()
+    job.verified = False
 
 
 async def _walk(job: Job) -> None:

@@ -132,6 +132,7 @@ class Cutover:
         """
         while True:
             await self._tracker.target_idle()
+            await self._tracker.flush_for_pivot()  # the one behind the gate has less to do
             self._disk.close_gate()
             closed_s = self._clock()
             try:

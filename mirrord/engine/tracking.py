@@ -41,7 +41,7 @@ from mirrord.engine.disk import OtherSideError
 from mirrord.engine.intents import Intents
 from mirrord.engine.legs import Leg, Legs, late
 from mirrord.engine.locks import Locks
-from mirrord.engine.mutation import Mutation
+from mirrord.engine.mutation import Mutation, Zeroes
 from mirrord.engine.settings import EngineSettings
 from mirrord.engine.unflushed import Unflushed
 from mirrord.errors import SideError, SourceError, TargetError
@@ -103,6 +103,7 @@ class WriteTracker:
         self._mirror: Mirror | None = None
         self._flushing = asyncio.Lock()
         self._queued_flush: asyncio.Task[None] | None = None
+        self._queued_strict_flush: asyncio.Task[None] | None = None  # for FUA writes
         # Flushes that began: whoever is cancelled and whatever ends the job, they go on.
         self._owned: set[asyncio.Task[Any]] = set()
         self._in_flight: dict[int, tuple[int, int]] = {}
@@ -402,6 +403,8 @@ class WriteTracker:
 
     async def _strictly(self, mutation: Mutation) -> None:
         """Have the mutation on both sides, durable where the guest asked for it, or fail it."""
+        if isinstance(mutation, Zeroes) and mutation.fast:
+            raise OSError(ENOTSUP, "not known before one side is changed")  # the other may refuse
         unit = self.bitmap.granularity
         start = round_down(mutation.offset, unit)
         length = round_up(mutation.offset + mutation.length, unit) - start
@@ -412,13 +415,14 @@ class WriteTracker:
             await self._intend_strictly(mutation)
             leg = self._legs.begin(mutation)
             await mutation.apply(self.source)
-            error = await leg.outcome(self._loop.time() + self._settings.target_budget_s)
+            until_s = self._loop.time() + self._settings.target_budget_s
+            error = await leg.outcome(until_s)
         finally:
             self._unlock(ticket, leg)
         if error is not None:
             raise OtherSideError(EIO, "the target failed, and the commit is unknown") from error
         if mutation.fua:
-            await self._flush_strictly()
+            await self._flushed_strictly(until_s)
 
     async def _intend_strictly(self, mutation: Mutation) -> None:
         try:
@@ -434,6 +438,20 @@ class WriteTracker:
         else:
             leg.afterwards(lambda: self.locks.release(ticket))
 
+    async def _flushed_strictly(self, until_s: float) -> None:
+        """Return once the target is durable; fail if it isn't by then, or the gate would wait.
+
+        A flush that has not begun yet serves everybody who asks meanwhile.
+        """
+        if self._queued_strict_flush is None:
+            self._queued_strict_flush = self._own(self._flush_strictly())
+        flush = self._queued_strict_flush
+        await asyncio.wait((flush,), timeout=max(0.0, until_s - self._loop.time()))
+        if not flush.done():
+            limit_s = self._settings.target_budget_s
+            raise OtherSideError(EIO, "the commit is unknown") from late(limit_s)
+        flush.result()
+
     async def _flush_strictly(self) -> None:
         """Make the target durable, or fail it and every later flush: a retried one proves nothing.
 
@@ -441,6 +459,7 @@ class WriteTracker:
         counts, or the pivot's flush was as good.
         """
         async with self._flushing:
+            self._queued_strict_flush = None
             if not self.strict:
                 return
             if self._strict_flush_failed:

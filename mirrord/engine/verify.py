@@ -13,9 +13,9 @@ the chunk counts as written meanwhile.
 A chunk that the guest writes to after it was compared is compared again in a later pass, as long as
 each pass leaves at most half of what it found: a guest that writes faster than that would be
 followed for ever. There are at most `verify_passes_max` passes. What it wrote to during each of
-its comparisons is then compared with its range locked, so that nothing is left that never was; the
-guest waits for that one chunk. What was written after a comparison is counted in the verdict: by
-mirrored writes, which both sides confirmed.
+its comparisons is then compared part by part with that part locked, so that nothing is left that
+never was; the guest waits for one part at most. How many chunks were written to meanwhile is told:
+by mirrored writes, which both sides confirmed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from bitarray import bitarray
 from xxhash import xxh3_64_intdigest
 
-from mirrord.core.geometry import MIB, Extent, Status, split
+from mirrord.core.geometry import KIB, MIB, Extent, Status, split
 from mirrord.engine.digests import COMPARING, Digests
 from mirrord.engine.disk import Disk
 from mirrord.engine.settings import EngineSettings
@@ -39,12 +39,12 @@ from mirrord.storage.backend import Backend
 class Verdict:
     """What a verification found: offsets of chunks that differ, else how many all are.
 
-    `written_since` of them were written to after they had been compared.
+    `written_meanwhile` of them were written to while they were compared or after that.
     """
 
     mismatches: tuple[int, ...]
     chunks: int
-    written_since: int
+    written_meanwhile: int
 
     @property
     def reason(self) -> str:
@@ -52,8 +52,12 @@ class Verdict:
         if self.mismatches:
             found = ", ".join(str(offset) for offset in self.mismatches[:3])
             return f"{len(self.mismatches)} chunks differ, the first at offset {found}"
-        since = f"; the guest wrote to {self.written_since} since" if self.written_since else ""
-        return f"all {self.chunks} chunks were equal on both sides{since}"
+        busy = (
+            f"; the guest wrote to {self.written_meanwhile} meanwhile"
+            if self.written_meanwhile
+            else ""
+        )
+        return f"all {self.chunks} chunks were equal on both sides{busy}"
 
 
 # Chunks that are compared together: what one call costs, all of them do.
@@ -61,6 +65,10 @@ GROUP_CHUNKS_MAX = 8
 
 # So many that differ are looked for, to copy them again; a target with more isn't worth the time.
 MISMATCHES_MAX = 64
+
+# A guest's write waits for the comparison of so much at most: of 1 MiB it would give up after 2 s
+# where a share is far away.
+LOCKED_BYTES_MAX = 64 * KIB
 
 # How much of a hole is compared at once: a guest's write into it leaves so much to the walk.
 HOLE_BYTES_MAX = 64 * 1024 * MIB
@@ -101,7 +109,9 @@ class Verifier:
                 break
         if self._disturbed.any() and not mismatches:
             await self._tracker.flush_target()
-            mismatches += await self._walk(self._disturbed.copy(), 1, locked=True)
+            for index in list(self._disturbed.search(1)):
+                if not await self._equal_in_parts(index):
+                    mismatches.append(digests.range_of(index)[0])
         return Verdict(tuple(mismatches), digests.count, digests.unverified())
 
     async def _holes(self) -> None:
@@ -137,13 +147,13 @@ class Verifier:
         if equal:
             self.verified_bytes += end - start
 
-    async def _walk(self, wanted: bitarray, most: int, *, locked: bool = False) -> list[int]:
+    async def _walk(self, wanted: bitarray, most: int) -> list[int]:
         """Compare what is wanted, so many chunks at once; return the offsets of what differs."""
         mismatches: list[int] = []
         cursor = 0
 
         async def compare(group: range) -> None:
-            mismatches.extend(await (self._locked(group) if locked else self._chunks(group)))
+            mismatches.extend(await self._chunks(group))
 
         trouble: Exception | None = None
         busy: set[asyncio.Task[None]] = set()
@@ -194,38 +204,13 @@ class Verifier:
 
     async def _chunks(self, group: range) -> list[int]:
         """Return the offsets of chunks that differ although nothing wrote to them meanwhile."""
-        digests = self._tracker.digests
-        for index in group:
-            if not digests.get(index):
-                # A mark in the digest's place, when no mirrored write is under way.
-                offset, length = digests.range_of(index)
-                ticket = await self._tracker.locks.acquire(offset, offset + length)
-                digests.compare(index)
-                self._tracker.locks.release(ticket)
-        return await self._marked(group)
-
-    async def _locked(self, group: range) -> list[int]:
-        """Return the same; meanwhile mirrored writes to the chunks wait."""
-        digests = self._tracker.digests
-        start, end = digests.range_of(group[0])[0], sum(digests.range_of(group[-1]))
-        ticket = await self._tracker.locks.acquire(start, end)
-        try:
-            for index in group:
-                if not digests.get(index):
-                    digests.compare(index)
-            return await self._marked(group)
-        finally:
-            self._tracker.locks.release(ticket)
-
-    async def _marked(self, group: range) -> list[int]:
-        """Return the same of chunks that have a digest or a mark, which a write takes away."""
         digests, bitmap = self._tracker.digests, self._tracker.bitmap
+        witnesses: dict[int, int] = {}
         self._disturbed[group.start : group.stop] = 1
-        witnesses = {
-            index: witness
-            for index in group
-            if (witness := digests.get(index)) and bitmap.clean(*digests.range_of(index))
-        }
+        for index in group:
+            witness = digests.get(index) or await self._mark(index)
+            if bitmap.clean(*digests.range_of(index)):
+                witnesses[index] = witness
         equal = await self._have(
             {index: witness for index, witness in witnesses.items() if witness != COMPARING}
         )
@@ -245,6 +230,31 @@ class Verifier:
             else:
                 mismatches.append(offset)
         return mismatches
+
+    async def _mark(self, index: int) -> int:
+        """Put a mark where a digest would be, at a moment when no mirrored write is under way."""
+        digests = self._tracker.digests
+        offset, length = digests.range_of(index)
+        ticket = await self._tracker.locks.acquire(offset, offset + length)
+        digests.compare(index)
+        self._tracker.locks.release(ticket)
+        return COMPARING
+
+    async def _equal_in_parts(self, index: int) -> bool:
+        """Compare a chunk part by part, while mirrored writes to that part wait.
+
+        A part that is compared may be written to while others are: that is written since.
+        """
+        bitmap, locks = self._tracker.bitmap, self._tracker.locks
+        for offset, length in split(*self._tracker.digests.range_of(index), LOCKED_BYTES_MAX):
+            ticket = await locks.acquire(offset, offset + length)
+            try:
+                equal = await self._same(offset, length) or not bitmap.clean(offset, length)
+            finally:
+                locks.release(ticket)
+            if not equal:
+                return False
+        return True
 
     async def _stored(self, offset: int, length: int) -> bytes | bytearray | memoryview:
         try:

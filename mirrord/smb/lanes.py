@@ -185,7 +185,7 @@ class Lanes:
         if self._small_lately:
             self.window.restart()
         else:
-            self.window.completed(count, now_s)
+            self.window.completed(count, request.sent_s, now_s)
 
 
 def _is_large(request: Request) -> bool:

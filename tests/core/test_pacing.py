@@ -107,6 +107,7 @@ class Storage:
         self.lanes = lanes
         self.chunk_s = chunk_s
         self.now_s = 0.0
+        self.sent_s = 0.0  # of what ended last
         self._free_s = [0.0] * lanes
         self._flight: list[tuple[float, float]] = []
 
@@ -119,7 +120,7 @@ class Storage:
             self._flight.append((ends_s, self.now_s))
         self._flight.sort()
         ended_s, started_s = self._flight.pop(0)
-        self.now_s = max(self.now_s, ended_s)
+        self.now_s, self.sent_s = max(self.now_s, ended_s), started_s
         return self.now_s - started_s
 
     def rest(self, seconds: float) -> None:
@@ -140,7 +141,7 @@ class Storage:
             if rest_each and number % rest_each == 0:
                 self.rest(2 * CLIMB_PAUSE_S)
                 continue
-            climb.completed(MIB, self.now_s)
+            climb.completed(MIB, self.sent_s, self.now_s)
             bounds.append(climb.bytes // MIB)
         return bounds
 
@@ -259,13 +260,41 @@ def test_what_others_bound_is_not_widened_for() -> None:
     climb, server = Climb(MIB, 16 * MIB), Storage(16, 0.01)
     for _ in range(6000):
         server.next(min(climb.bytes, 3 * MIB))
-        climb.completed(MIB, server.now_s)
+        climb.completed(MIB, server.sent_s, server.now_s)
     bounds = []
     for _ in range(2000):
         server.next(min(climb.bytes, 3 * MIB))
-        climb.completed(MIB, server.now_s)
+        climb.completed(MIB, server.sent_s, server.now_s)
         bounds.append(climb.bytes // MIB)
     assert max(bounds, key=bounds.count) == 3
+
+
+@pytest.mark.parametrize("chunk_s", [0.3, 2.0])
+def test_answers_that_are_far_away_are_no_pauses(chunk_s: float) -> None:
+    climb, server = Climb(MIB, 16 * MIB), Storage(16, chunk_s)
+    assert max(server.climb(climb, 500)) == 16
+
+
+def test_four_at_a_time_are_found_from_one() -> None:
+    """Three bring nothing where a caller waits for four before it asks for the next four."""
+    climb, now_s = Climb(MIB, 16 * MIB), 0.0
+
+    def four(latency_s: float) -> None:
+        nonlocal now_s
+        left = 4
+        while left:
+            sent_s, now_s = now_s, now_s + latency_s
+            for _ in range(min(left, climb.bytes // MIB)):
+                climb.completed(MIB, sent_s, now_s)
+                left -= 1
+
+    while climb.bytes > MIB:
+        four(0.01 * (climb.bytes // MIB))  # one after another: more gains nothing
+    bounds = []
+    for _ in range(1000):
+        four(0.01)
+        bounds.append(climb.bytes // MIB)
+    assert max(bounds[500:], key=bounds.count) == 4
 
 
 def test_a_first_trial_that_chance_spoils_is_measured_for_longer() -> None:

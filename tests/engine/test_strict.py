@@ -107,6 +107,38 @@ async def test_any_failed_flush_of_the_target_is_remembered(bench: CrashBench, w
         await bench.disk.flush()
 
 
+@pytest.mark.parametrize("outcome", ["committed", "aborted"])
+async def test_a_fua_write_waits_no_longer_than_its_budget(bench: CrashBench, outcome: str) -> None:
+    """Else the gate would wait for it, and with the gate the whole guest, or the job's end."""
+    commit = await doubt(bench)
+    bench.tracker._settings = replace(HASTY, target_budget_s=0.1)
+    hanging = bench.at_target.hang("flush", times=FOR_EVER)
+    guests = [bench.guest(bench.disk.write(UNIT * n, NEW, fua=True)) for n in range(3)]
+    await hanging.wait()
+    if outcome == "aborted":
+        commit.errno = errno.EIO
+    commit.release()
+    for guest in guests:
+        with pytest.raises(OSError, match="the commit is unknown"):
+            await guest
+    assert bench.at_target.count("flush") - hanging.seen <= 3, "one serves all that wait"
+    await asyncio.wait_for(bench.disk.write(0, NEW), 1)
+    hanging.release()
+    phase = (await bench.finish()).phase
+    assert phase is (Phase.DONE if outcome == "committed" else Phase.FAILED)
+
+
+async def test_fast_zeroes_are_refused_before_a_side_is_changed(bench: CrashBench) -> None:
+    """The source would refuse and change nothing, and the target have zeroes."""
+    commit = await doubt(bench)
+    await bench.write(0, NEW)
+    with pytest.raises(OSError, match="not known") as refused:
+        await bench.disk.write_zeroes(0, UNIT, fast=True)
+    assert refused.value.errno == errno.ENOTSUP
+    commit.release()
+    await bench.assert_moved(await bench.finish())
+
+
 @pytest.mark.parametrize("first", ["a guest's", "a checkpoint's"])
 async def test_a_flush_waits_for_one_under_way(bench: CrashBench, first: str) -> None:
     """It would take the place of one that is to fail: a lost page is told of once."""
@@ -137,7 +169,7 @@ async def test_a_flush_that_waits_for_the_pivots(bench: CrashBench, works: bool)
     """The pivot's flush is as good, and a failed one of the disk's own would be no other's."""
     commit = await doubt(bench)
     await bench.write(0, NEW)
-    rule = bench.at_target.hang("flush")
+    rule = bench.at_target.hang("flush", at=2)  # the first is before the gate closes
     commit.release()
     await rule.wait()
     guest = bench.guest(bench.disk.flush())

@@ -287,14 +287,28 @@ async def test_what_differs_is_copied_again_though_a_guest_writes_there(bench: C
     assert told(bench).count(Event.MISMATCH_FOUND) == 1
 
 
-async def test_a_target_that_was_in_trouble_is_verified_anew(bench: CrashBench) -> None:
+@pytest.mark.parametrize(
+    ("number", "phase"),
+    [
+        (errno.EIO, Phase.DEGRADED),
+        (errno.EACCES, Phase.PAUSED),
+        (errno.ENOSPC, Phase.PAUSED),
+    ],
+    ids=["failed", "denied", "full"],
+)
+async def test_a_target_that_was_in_trouble_is_verified_anew(
+    bench: CrashBench, number: int, phase: Phase
+) -> None:
     """What it had may have suffered: here, a chunk that had been verified."""
     await bench.hold_mirroring(verify="full")
-    failing = bench.at_target.fail(*WRITING, "flush", errno=errno.EIO, times=FOR_EVER)
+    failing = bench.at_target.fail(*WRITING, "flush", errno=number, times=FOR_EVER)
     await bench.write(0, NEW)
-    await bench.run_to_phase(Phase.DEGRADED)
+    await bench.run_to_phase(phase)
+    assert not bench.job.status().verified
     await bench.target.inner.write(3 * UNIT, NEW)
     failing.release()
+    if number == errno.EACCES:
+        await bench.job.resume()
     await bench.assert_moved(await bench.cut_over())
     assert Event.MISMATCH_FOUND in told(bench)
 
