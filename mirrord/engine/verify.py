@@ -52,11 +52,8 @@ class Verdict:
         if self.mismatches:
             found = ", ".join(str(offset) for offset in self.mismatches[:3])
             return f"{len(self.mismatches)} chunks differ, the first at offset {found}"
-        busy = (
-            f"; the guest wrote to {self.written_meanwhile} meanwhile"
-            if self.written_meanwhile
-            else ""
-        )
+        count = self.written_meanwhile
+        busy = f"; the guest wrote to {count} meanwhile" if count else ""
         return f"all {self.chunks} chunks were equal on both sides{busy}"
 
 
@@ -243,7 +240,7 @@ class Verifier:
     async def _equal_in_parts(self, index: int) -> bool:
         """Compare a chunk part by part, while mirrored writes to that part wait.
 
-        A part that is compared may be written to while others are: that is written since.
+        What is written to a part after it was compared is mirrored like any other write.
         """
         bitmap, locks = self._tracker.bitmap, self._tracker.locks
         for offset, length in split(*self._tracker.digests.range_of(index), LOCKED_BYTES_MAX):

@@ -121,11 +121,27 @@ async def test_a_fua_write_waits_no_longer_than_its_budget(bench: CrashBench, ou
     for guest in guests:
         with pytest.raises(OSError, match="the commit is unknown"):
             await guest
-    assert bench.at_target.count("flush") - hanging.seen <= 3, "one serves all that wait"
     await asyncio.wait_for(bench.disk.write(0, NEW), 1)
     hanging.release()
     phase = (await bench.finish()).phase
     assert phase is (Phase.DONE if outcome == "committed" else Phase.FAILED)
+
+
+async def test_a_flush_serves_all_fua_writes_that_wait_for_it(bench: CrashBench) -> None:
+    """One for each, one after another, would take a deep queue beyond its budget."""
+    commit = await doubt(bench)
+    before = bench.at_target.count("flush")
+    rule = bench.at_target.hang("flush")
+    first = bench.guest(bench.disk.flush())
+    await rule.wait()
+    guests = [bench.guest(bench.disk.write(UNIT * n, NEW, fua=True)) for n in range(5)]
+    await turns()
+    assert not any(guest.done() for guest in guests)
+    rule.release()
+    await asyncio.gather(first, *guests)
+    assert bench.at_target.count("flush") == before + 2
+    commit.release()
+    await bench.finish()
 
 
 async def test_fast_zeroes_are_refused_before_a_side_is_changed(bench: CrashBench) -> None:
