@@ -20,6 +20,7 @@ from pathlib import Path
 from bench.loads import loaded as _load
 from bench.loads import quantile_ms
 from bench.model import MIB, Measure, Scenario
+from bench.places import had_memory
 from bench.scenarios import DISK_BYTES, fio, make_disk
 from bench.servers import attach, mirrord, run
 from mirrord.control.client import Client
@@ -154,11 +155,12 @@ def _moving(folder: Path, where: str, size: int) -> Iterator[tuple[Path, str, Pa
 def _live(where: str) -> Measure:
     def measure(folder: Path) -> dict[str, float]:
         with _moving(folder, where, MOVED_BYTES) as (control, target, socket):
-            client = Client(control)
+            client, memory = Client(control), had_memory(MOVED_BYTES)
             with _load(socket, "vm", "--rate", str(MOVE_RATE)) as measured:
                 time.sleep(QUIET_S)
                 began_s = time.time()
                 time.sleep(QUIET_S)
+                memory.close()
                 job = _move(client, "vm", target)
         before = [took for at, took, _ in measured if began_s < at < began_s + QUIET_S]
         first_s, last_s = _entered_s(job, "copying"), _entered_s(job, "cutting-over")
@@ -207,8 +209,10 @@ def _beside(copy: str, rate: int = CALM_RATE) -> Measure:
                 attach(control, "other", other)
             client = Client(control)
             options = ("--rate", str(rate), "--reads", "0.5", "--closed")
+            memory = had_memory(COPIED_BYTES)
             with _load(socket, "vm", *options) as measured:
                 time.sleep(QUIET_S)
+                memory.close()
                 first_s = time.time()
                 if copy == "none":
                     time.sleep(CALM_S)
@@ -276,6 +280,7 @@ ALL: dict[str, Scenario] = {
             "to a local file": _live("local"),
         },
         in_memory=True,
+        small_pages=True,
         rounds=ROUNDS,
     ),
     "smb-pause": Scenario(
@@ -287,6 +292,7 @@ ALL: dict[str, Scenario] = {
             "onto a local file": _pause("local"),
         },
         in_memory=True,
+        small_pages=True,
         rounds=1,
     ),
     "smb-beside": Scenario(
@@ -298,6 +304,7 @@ ALL: dict[str, Scenario] = {
             "its own disk's copy": _beside("own"),
             "no copy, at once": _beside("none", AT_ONCE),
             "another's, at once": _beside("other", AT_ONCE),
+            "its own, at once": _beside("own", AT_ONCE),
         },
         in_memory=True,
         small_pages=True,
