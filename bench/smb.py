@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench.loads import loaded as _load
 from bench.loads import quantile_ms
-from bench.model import MIB, Measure, Scenario
+from bench.model import MIB, Measure, Scenario, Target
 from bench.places import had_memory
 from bench.scenarios import DISK_BYTES, fio, make_disk
 from bench.servers import attach, mirrord, run
@@ -252,6 +252,11 @@ ALL: dict[str, Scenario] = {
         },
         in_memory=True,
         rounds=ROUNDS,
+        targets=(
+            Target("write*", ("libsmbclient",), least=1.5),
+            Target("write*", ("smbprotocol",), least=2),
+            Target("read*", ("libsmbclient",), least=1),
+        ),
     ),
     "smb-random": Scenario(
         "4 KiB anywhere in a file on a share, depth 16 where the peer can, signed",
@@ -259,6 +264,10 @@ ALL: dict[str, Scenario] = {
         {shown: _peer(name, "random", DISK_BYTES) for shown, name in _CLIENTS.items()},
         in_memory=True,
         rounds=ROUNDS,
+        targets=(
+            Target("*", ("smbprotocol", "smbprotocol, pipelined"), least=8),
+            Target("*", least=20_000),
+        ),
     ),
     "smb-guest": Scenario(
         "a disk on a share over NBD on a unix socket, warm",
@@ -270,6 +279,7 @@ ALL: dict[str, Scenario] = {
         },
         in_memory=True,
         rounds=ROUNDS,
+        targets=(Target("*", least=15_000, subject="on a share"),),
     ),
     "smb-move": Scenario(
         f"writes of a guest, {MOVE_RATE} a second, while its disk is moved",
@@ -282,6 +292,10 @@ ALL: dict[str, Scenario] = {
         in_memory=True,
         small_pages=True,
         rounds=ROUNDS,
+        less_is_better=("*",),
+        targets=(
+            Target("p99 before the commit", ("to a local file",), most=1.3, subject="to a share"),
+        ),
     ),
     "smb-pause": Scenario(
         f"pause of a guest at the cutover, of {PAUSES} moves under {PAUSE_RATE} requests a second",
@@ -294,6 +308,8 @@ ALL: dict[str, Scenario] = {
         in_memory=True,
         small_pages=True,
         rounds=1,
+        less_is_better=("*",),
+        targets=(Target("p99", most=50, subject="onto a share"),),
     ),
     "smb-beside": Scenario(
         f"4 KiB, one at a time, {CALM_RATE} a second or at once, beside a copy to the same server",
@@ -309,5 +325,7 @@ ALL: dict[str, Scenario] = {
         in_memory=True,
         small_pages=True,
         rounds=ROUNDS,
+        less_is_better=("*",),
+        targets=(Target("* p99", most=1.5, subject="another's, at once"),),
     ),
 }
