@@ -131,7 +131,7 @@ class Cutover:
         back any more: a target that hangs keeps the disk here, in strict mode.
         """
         while True:
-            await self._tracker.target_idle()
+            await self._tracker.asked_so_far()  # not what a guest asks next: it may never pause
             await self._tracker.flush_for_pivot()  # the one behind the gate has less to do
             self._disk.close_gate()
             closed_s = self._clock()

@@ -82,7 +82,7 @@ class Legs:
         self._arrived = arrived
         self._live: set[Leg] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._idle: asyncio.Future[None] | None = None
+        self._next_end: asyncio.Future[None] | None = None  # if somebody waits for it
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = math.inf
 
@@ -98,12 +98,13 @@ class Legs:
         self._live.add(leg)
         return leg
 
-    async def all_ended(self) -> None:
-        """Return once none is under way."""
-        while self._live:
-            if self._idle is None:
-                self._idle = self.loop.create_future()
-            await asyncio.shield(self._idle)
+    async def these_ended(self) -> None:
+        """Return once those have ended that are under way now, whatever began since."""
+        these = frozenset(self._live)
+        while not these.isdisjoint(self._live):
+            if self._next_end is None:
+                self._next_end = self.loop.create_future()
+            await asyncio.shield(self._next_end)
 
     # For the legs.
 
@@ -112,9 +113,9 @@ class Legs:
         self._live.discard(leg)
         if error is None:
             self._arrived(leg.mutation)
-        if self._idle is not None and not self._live:
-            self._idle.set_result(None)
-            self._idle = None
+        if self._next_end is not None:
+            self._next_end.set_result(None)
+            self._next_end = None
 
     def watch(self, until_s: float) -> None:
         """Look at `until_s`, or before, whether somebody waits for too long."""

@@ -286,12 +286,11 @@ class WriteTracker:
         """Whether something that was asked of the target on a guest's behalf has not ended."""
         return bool(self._owned) or bool(self._legs)
 
-    async def target_idle(self) -> None:
-        """Return once nothing is asked of the target on a guest's behalf."""
-        while self.target_busy:
-            await self._legs.all_ended()
-            if self._owned:
-                await asyncio.wait(self._owned)
+    async def asked_so_far(self) -> None:
+        """Return once what is asked of the target on a guest's behalf now has ended."""
+        await self._legs.these_ended()
+        if self._owned:
+            await asyncio.wait(self._owned)
 
     async def flush_for_pivot(self) -> bool:
         """Flush the target past all else; False when it can't be believed any more."""
@@ -303,7 +302,8 @@ class WriteTracker:
 
     async def close_target(self) -> None:
         """Close the target once everything that was asked of it has ended."""
-        await self.target_idle()
+        while self.target_busy:
+            await self.asked_so_far()
         await self.target.close()
 
     def distrust_target(self) -> None:

@@ -20,9 +20,9 @@ NEW = b"\x3c" * 4096
 HASTY = replace(SMALL, gate_s=0.05, target_budget_s=0.1)
 
 
-async def late(bench: CrashBench, *, after: bool = False) -> Rule:
+async def late(bench: CrashBench, *, after: bool = False, budget_s: float = 0.1) -> Rule:
     """Have the commit record's write hang until the gate is open again."""
-    bench.settings = HASTY
+    bench.settings = replace(HASTY, target_budget_s=budget_s)
     await bench.begin(verify="none")
     commit = bench.at_files.hang("write_log:COMMIT", after=after)
     await bench.run_to(commit)
@@ -94,6 +94,25 @@ async def test_a_leg_that_is_late_holds_the_pivot_back(bench: CrashBench) -> Non
     assert bench.disk.backend is bench.source
     leg.release()
     bench.expected[: len(NEW)] = NEW  # either content would do: the write was not answered well
+    await bench.assert_moved(await bench.finish())
+
+
+async def test_a_guest_that_never_pauses_does_not_hold_the_pivot_back(bench: CrashBench) -> None:
+    """There is a write under way at every moment; the gate makes them end."""
+    commit = await late(bench, budget_s=60)
+    first = bench.at_target.hang("write")
+    one = bench.guest(bench.write(0, NEW))
+    await first.wait()
+    commit.release()
+    await asyncio.wait_for(bench.at_files.settled(), 5)
+    second = bench.at_target.hang("write")
+    other = bench.guest(bench.write(UNIT, NEW))
+    await second.wait()
+    first.release()
+    await one
+    await eventually_async(lambda: bench.gate_closed, what="gate closed for the pivot")
+    second.release()
+    await other
     await bench.assert_moved(await bench.finish())
 
 

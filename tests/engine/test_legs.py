@@ -121,7 +121,7 @@ async def test_who_waits_too_long_is_told_and_the_leg_goes_on(
         assert outcome.errno == errno.ETIMEDOUT
     assert (len(legs), arrived) == (3, [])
     target.end()
-    await legs.all_ended()
+    await legs.these_ended()
     assert arrived == [WRITE] * 3
     assert all(leg.done and leg.error is None for leg in late)
 
@@ -135,15 +135,15 @@ async def test_a_cancelled_guest_leaves_its_leg(target: Target, legs: Legs) -> N
     assert guest.cancelled()
     assert len(legs) == 1
     target.end()
-    await legs.all_ended()
+    await legs.these_ended()
     assert leg.done
 
 
-async def test_all_who_wait_for_the_end_of_all_are_told(target: Target, legs: Legs) -> None:
-    await legs.all_ended()
+async def test_all_who_wait_for_the_end_of_these_are_told(target: Target, legs: Legs) -> None:
+    await legs.these_ended()
     legs.begin(WRITE)
     legs.begin(TRIM)
-    first, second = (asyncio.create_task(legs.all_ended()) for _ in range(2))
+    first, second = (asyncio.create_task(legs.these_ended()) for _ in range(2))
     await asyncio.sleep(0)
     first.cancel()
     await asyncio.sleep(0)
