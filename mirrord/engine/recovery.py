@@ -6,7 +6,8 @@ before anything is believed; then:
     journal            authority   action                                               rows
     no record          source      delete our target; the job was never begun           C0
     PREP               source      target found: take its final name back, go on from   C1-C9
-                                   the maps; not found: create it again, copy all
+                                   the maps; not found: create it again, copy all;
+                                   out of reach, or no answer in time: ABORT
     COMMIT, RETIRED    target      target found: serve it, finish the retirement;       C10-C16
                                    not found: refuse to serve, touch nothing            C13
     ABORT              source      delete the target, DONE                              C17
@@ -19,8 +20,12 @@ a side is another machine, the intent map does; without a readable map everythin
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
+from errno import ETIMEDOUT
 from typing import Any
 
 from mirrord.core.bitmap import DirtyBitmap, IntentMap
@@ -88,7 +93,7 @@ async def start(
         await ledger.append(Kind.PREP, _prep(disk.backend, target))
     except BaseException as error:
         await target.close()
-        await _discard(places, request, target.identity)
+        await _discard(places, request, around, target.identity)
         if isinstance(error, OSError):
             raise unwritable(error) from error
         raise
@@ -121,7 +126,7 @@ async def recover(
             job = await _recover_prepared(disk, places, store, request, around, ledger)
         elif outcome.state is State.EMPTY:
             # The job is still a wish: whoever wished it asks again.
-            await _discard(places, request, None)
+            await _discard(places, request, around, None)
             job = None
         else:
             job = None
@@ -192,9 +197,10 @@ async def _recover_prepared(
         await _conclude_aborted(places, request, around, ledger)
         return None
     try:
-        target, intent_map, bitmap, progress = await _find_target(
-            disk, places, store, request, around, ledger
-        )
+        async with _deadline(around, f"no answer from {places.target.location}"):
+            target, intent_map, bitmap, progress = await _find_target(
+                disk, places, store, request, around, ledger
+            )
     except (RefusedError, OSError) as error:
         # The target is out of reach; the guest must not wait for it.
         reason = f"the target could not be opened after a restart: {error}"
@@ -266,7 +272,8 @@ async def _find_target(
         try:
             await ledger.append(Kind.PREP, _prep(disk.backend, target))
         except BaseException:
-            await target.close()
+            async with _deadline(around, "no end of its closing"):
+                await target.close()
             raise
         return target, intent_map, bitmap, progress
     try:
@@ -274,7 +281,8 @@ async def _find_target(
         if stored is None:
             await _write_whole(intent_map, store)
     except BaseException:
-        await target.close()
+        async with _deadline(around, "no end of its closing"):
+            await target.close()
         raise
     # What the bitmap calls equal may be gone from a side that forgets by itself (rule R13).
     forgotten = not store.same_boot or disk.backend.forgets or target.forgets
@@ -282,6 +290,20 @@ async def _find_target(
         _believe_intents(intent_map, bitmap, progress)
         store.vouch()
     return target, intent_map, bitmap, progress
+
+
+@contextlib.asynccontextmanager
+async def _deadline(around: Surroundings, told: str) -> AsyncIterator[None]:
+    """Give up what a target that hangs would make the guest wait for."""
+    limit_s = around.settings.find_s
+    limit = asyncio.timeout(limit_s)
+    try:
+        async with limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise  # the target's own
+        raise OSError(ETIMEDOUT, f"{told} within {limit_s:g} s") from error
 
 
 async def _write_whole(intent_map: IntentMap, store: JobStore) -> None:
@@ -314,18 +336,21 @@ async def _conclude_aborted(
         return
     reason = (outcome.abort or {}).get("reason", "aborted")
     assert outcome.prep is not None
-    left = await _discard(places, request, Identity(**outcome.prep["target"]))
+    left = await _discard(places, request, around, Identity(**outcome.prep["target"]))
     summary = {"phase": _phase_of(outcome.abort), "reason": f"{reason}{left}"}
     await ledger.append(Kind.DONE, {**summary, "ended_s": around.wall()})
 
 
-async def _discard(places: Places, request: JobRequest, identity: Identity | None) -> str:
+async def _discard(
+    places: Places, request: JobRequest, around: Surroundings, identity: Identity | None
+) -> str:
     """Delete what a job left as its target, or say that it can't be: the source is served anyway.
 
     `identity` tells it under its final name, too.
     """
     try:
-        await places.target.discard(request.job_id, identity)
+        async with _deadline(around, "no answer"):
+            await places.target.discard(request.job_id, identity)
     except (OSError, RefusedError) as error:
         location = places.target.location
         _log.warning("leave job=%s target=%s error=%s", request.job_id, location, error)

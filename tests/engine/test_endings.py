@@ -298,6 +298,28 @@ async def test_a_target_that_cannot_be_opened_again_ends_the_move(bench: CrashBe
     assert await bench.content() == bytes(bench.expected)
 
 
+@pytest.mark.parametrize("what", ["find", "withdraw", "discard"])
+async def test_a_target_that_hangs_after_a_restart_ends_the_move(
+    bench: CrashBench, expect_log, what: str
+) -> None:
+    """The guest waits for it only so long, and no longer for its removal."""
+    await phases.copying(bench)
+    await bench.kill()
+    hanging = bench.at_target.hang(what, times=FOR_EVER)
+    if what == "discard":
+        bench.at_target.fail("find", errno=errno.EIO)
+        expect_log("leave job=job-1 target=mem:target")
+    bench.settings = replace(bench.settings, find_s=0.1)
+    found = await bench.recovered()
+    assert found.job is None
+    assert hanging.seen == 1
+    assert bench.records() == ["PREP", "ABORT", "DONE"]
+    reason = bench.log().records[-1].payload["reason"]
+    assert "within 0.1 s" in reason
+    assert await bench.content() == bytes(bench.expected)
+    hanging.release()
+
+
 async def test_an_aborted_target_that_cannot_be_deleted_after_a_restart(
     bench: CrashBench, expect_log
 ) -> None:
