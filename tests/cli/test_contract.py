@@ -35,6 +35,13 @@ STEP_KEYS = {"time", "phase", "text", "predicted_s", "took_s"}
 
 
 @pytest.fixture
+def daemon(daemon: Daemon) -> Daemon:
+    """Start a daemon of its own for the test; its commands are processes, as a user's are."""
+    daemon.in_process = False
+    return daemon
+
+
+@pytest.fixture
 def disk(tmp_path: Path) -> Path:
     """Make a disk of 16 MiB that is all data."""
     path = tmp_path / "vm.raw"

@@ -6,15 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.daemon import Daemon
 from tests.e2e.hostile import Attacked
-
-
-@pytest.fixture
-def daemon(daemon: Daemon) -> Daemon:
-    """Start a daemon of its own for the test; its commands run in this process."""
-    daemon.in_process = True
-    return daemon
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,6 @@ class Attacked:
 
     def __init__(self, folder: Path, config: str = "") -> None:
         self.daemon = Daemon(config)
-        self.daemon.in_process = True
         self.disk = folder / "vm.raw"
         with self.disk.open("wb") as file:
             file.truncate(SIZE)

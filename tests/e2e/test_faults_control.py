@@ -111,7 +111,6 @@ def post(path: str, body: bytes | dict[str, Any] = b"") -> bytes:
 def service() -> Iterator[Service]:
     """Move disk `vm` so slowly that it doesn't end, with disk `other` beside it."""
     daemon = Daemon('socket_mode = "0666"\n')
-    daemon.in_process = True
     disks = daemon.root / "disks"
     disks.mkdir()
     for name in ("vm", "other"):

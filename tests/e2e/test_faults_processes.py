@@ -137,7 +137,6 @@ def test_fault_30_a_clock_that_jumps_by_a_year_ends_nothing(
     shift = tmp_path / "shift"
     shift.write_text("+0d\n")
     daemon = make_daemon()
-    daemon.in_process = True
     with monkeypatch.context() as faked:
         for name, value in {
             "LD_PRELOAD": libraries[0], "FAKETIME_TIMESTAMP_FILE": str(shift), "NO_FAKE_STAT": "1",

@@ -319,7 +319,6 @@ def test_fault_21_a_full_state_directory_starts_nothing_and_ends_no_guest(
     over; what is still to be written, and the source's deletion, wait for space.
     """
     daemon = make_daemon()
-    daemon.in_process = True
     other = tmp_path / "other.raw"
     other.write_bytes(disk.read_bytes())
     with small_file_system(daemon.state, 8 * MIB):

@@ -130,6 +130,7 @@ def test_state_of_a_newer_version_is_refused(
     daemon.stop()
     monkeypatch.delenv("PYTHONPATH")
     before = sorted((path, path.read_bytes()) for path in daemon.state.rglob("*.json"))
+    daemon.in_process = False
     refused = daemon.run("daemon", "--state-dir", daemon.state, "--runtime-dir", daemon.runtime)
     assert (refused.returncode, refused.stderr) == (
         4,
