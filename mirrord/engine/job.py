@@ -8,8 +8,7 @@ phases follows writes in the bitmap again, so nothing it knew is lost.
 Before the commit point a job ends only after ABORT is durable: until then every guest write goes
 on being tracked, because a crash would resume the move from the maps (rule R1).
 
-What runs here belongs to the job's task group; what outlives it (closing a target that hangs)
-is handed to `adopt`.
+What outlives the job's task group (closing a target that hangs) is handed to `adopt`.
 """
 
 from __future__ import annotations
@@ -53,6 +52,7 @@ from mirrord.engine.tracking import WriteTracker
 from mirrord.engine.verify import Verifier
 from mirrord.errors import DamagedError, RefusedError, SideError, SourceError, TargetError
 from mirrord.storage.backend import Backend, Identity, Place
+from mirrord.storage.names import left_over
 
 _log = logging.getLogger("mirrord.engine")
 
@@ -426,7 +426,7 @@ class Job:
         try:
             await self._within_drain(self.target_place.discard(self.request.job_id))
         except OSError as error:
-            reason = f"{reason}; the target {self.target_place.location} is left over ({error})"
+            reason += f"; {left_over(self.target_place.location, self.request.job_id, error)}"
         self.around.adopt(self.tracker.close_target())
         self._ended = await self._conclude(event, reason, after)
 

@@ -39,6 +39,7 @@ from mirrord.engine.store import JobStore, unwritable
 from mirrord.engine.surroundings import Surroundings
 from mirrord.errors import RefusedError
 from mirrord.storage.backend import Backend, Cache, Identity, Place
+from mirrord.storage.names import left_over
 
 _log = logging.getLogger("mirrord.engine")
 
@@ -197,7 +198,7 @@ async def _recover_prepared(
         await _conclude_aborted(places, request, around, ledger)
         return None
     try:
-        async with _deadline(around, f"no answer from {places.target.location}"):
+        async with _deadline(around.settings.find_s, f"no answer from {places.target.location}"):
             target, intent_map, bitmap, progress = await _find_target(
                 disk, places, store, request, around, ledger
             )
@@ -272,7 +273,7 @@ async def _find_target(
         try:
             await ledger.append(Kind.PREP, _prep(disk.backend, target))
         except BaseException:
-            async with _deadline(around, "no end of its closing"):
+            async with _deadline(around.settings.discard_s, "no end of its closing"):
                 await target.close()
             raise
         return target, intent_map, bitmap, progress
@@ -281,7 +282,7 @@ async def _find_target(
         if stored is None:
             await _write_whole(intent_map, store)
     except BaseException:
-        async with _deadline(around, "no end of its closing"):
+        async with _deadline(around.settings.discard_s, "no end of its closing"):
             await target.close()
         raise
     # What the bitmap calls equal may be gone from a side that forgets by itself (rule R13).
@@ -293,9 +294,8 @@ async def _find_target(
 
 
 @contextlib.asynccontextmanager
-async def _deadline(around: Surroundings, told: str) -> AsyncIterator[None]:
+async def _deadline(limit_s: float, told: str) -> AsyncIterator[None]:
     """Give up what a target that hangs would make the guest wait for."""
-    limit_s = around.settings.find_s
     limit = asyncio.timeout(limit_s)
     try:
         async with limit:
@@ -349,12 +349,12 @@ async def _discard(
     `identity` tells it under its final name, too.
     """
     try:
-        async with _deadline(around, "no answer"):
+        async with _deadline(around.settings.discard_s, "no answer"):
             await places.target.discard(request.job_id, identity)
     except (OSError, RefusedError) as error:
         location = places.target.location
         _log.warning("leave job=%s target=%s error=%s", request.job_id, location, error)
-        return f"; the target {location} is left over ({error})"
+        return f"; {left_over(location, request.job_id, error)}"
     return ""
 
 

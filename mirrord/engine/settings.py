@@ -43,9 +43,10 @@ class EngineSettings:
     target_stall_s: float = 5.0
     # The same for a flush, which may have a checkpoint's worth to write to a slow disk.
     flush_stall_s: float = 60.0
-    # After a crash the guest waits so long for what is found out about the target, and so long for
-    # its removal, before the commit; then the move is given up and the source served.
-    find_s: float = 20.0
+    # After a crash the guest waits so long for a move's target to be found, and for its removal:
+    # then the move is given up and the source served.
+    find_s: float = 6.0
+    discard_s: float = 2.0
     # The gate reopens after this long without a commit (section 4 of the protocol).
     gate_s: float = 5.0
     # Delays between attempts after target trouble or a gate that timed out, doubling.

@@ -55,6 +55,7 @@ STOP_DEADLINE_S = 7.0
 FLUSH_DEADLINE_S = 2.0
 # Detaching waits so long for what was written to become durable.
 DETACH_FLUSH_S = 5.0
+NAME_LOOK_S = 2.0  # at a share, for what lies under the disk's name
 # The contract is ten seconds from the signal to the end.
 END_DEADLINE_S = 9.5
 # A thread of ours that is at Python keeps the loop, and guests, waiting so long at a time: Python's
@@ -91,6 +92,7 @@ class DiskProcess:
                 "check_move": self._check_move,
                 "move": self._move,
                 "detach": self._detach,
+                "has_its_name": self._has_its_name,
                 **{verb: self._steering(verb) for verb in VERBS},
             },
             listener,
@@ -191,6 +193,15 @@ class DiskProcess:
             return await self._mover.steer(verb, params["job_id"], params.get("limit"))
 
         return steer
+
+    async def _has_its_name(self, params: dict[str, Any]) -> bool:
+        """Tell whether the disk's file on a share still lies there; True where it isn't known."""
+        try:
+            async with asyncio.timeout(NAME_LOOK_S):
+                return await self._mover.disk.backend.has_its_name()
+        except (TimeoutError, OSError) as error:
+            log.info("name not looked at %s", fields(disk=self._name, error=error))
+            return True
 
     async def _detach(self, params: dict[str, Any]) -> None:
         """Stop serving for good, unless somebody uses the disk."""

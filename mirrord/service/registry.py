@@ -10,6 +10,7 @@ interleave at every await; these stretches have none, and so decide:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from mirrord.control.messages import (
 )
 from mirrord.control.snippets import nbd_uri, snippets
 from mirrord.control.sockets import check_socket_path, is_answered
-from mirrord.core.units import check_name, format_duration
+from mirrord.core.units import check_name
 from mirrord.errors import DamagedError, MirrordError, RefusedError
 from mirrord.service import metrics, share_test, stalls, state
 from mirrord.service.config import Config
@@ -41,7 +42,7 @@ from mirrord.service.looks import Looks
 from mirrord.service.moves import Covers, Moves
 from mirrord.service.places import Found, check_location
 from mirrord.service.state import Directories, DiskRecord
-from mirrord.service.supervisor import CLIENTS_COME_BACK_S, DiskProcess
+from mirrord.service.supervisor import DiskProcess
 from mirrord.service.systemd import granted
 
 log = logging.getLogger(__name__)
@@ -347,7 +348,7 @@ class Registry:
             if not force:
                 await self._refuse_lost(name, "its bytes would be gone: {}, or use --force")
                 await process.call("status", DiskStatus)  # of a process that is there
-                _refuse_awaited(process)
+                process.refuse_awaited()
             try:
                 async with asyncio.timeout(DETACH_FORCED_S if force else None):
                     await process.call("detach", type(None), force=force)
@@ -372,6 +373,7 @@ class Registry:
         await process.refresh()
         if force or process.status is None or process.outdated:
             await self._refuse_lost(name, "no other process could open its bytes: {}")
+            process.refuse_owed()
             await process.renew()
             log.info("upgraded %s", fields(disk=name, version=mirrord.__version__))
         return await self._describe(name)
@@ -390,7 +392,13 @@ class Registry:
         """Return where a disk's process has something open that lies there no more."""
         process = self._disks[name].process
         status = None if process is None or not process.serving else process.status
-        if status is None or status.opened is None:
+        if process is None or status is None:
+            return None
+        if status.share is not None:
+            with contextlib.suppress(RefusedError):  # of an older version, or not serving
+                there = await process.call("has_its_name", bool)
+                return None if there else status.location
+        if status.opened is None:
             return None
         there = await self._looks.is_at(status.location, Found(*status.opened))
         return None if there else status.location
@@ -475,14 +483,3 @@ class Registry:
     async def limit(self, job_id: str, request: LimitRequest) -> Job:
         """Change the bandwidth limit of an unfinished job."""
         return await self._moves.limit(job_id, request)
-
-
-def _refuse_awaited(process: DiskProcess) -> None:
-    """Refuse to take a disk from guests that only seem to have gone."""
-    if process.awaits_clients:
-        raise RefusedError(
-            "clients-awaited",
-            f"the process of disk {process.name} was replaced within the last "
-            f"{format_duration(CLIENTS_COME_BACK_S)}, and a guest that has the disk may not have "
-            "noticed yet: end the guest and wait, or use --force",
-        )

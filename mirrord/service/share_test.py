@@ -36,7 +36,7 @@ from mirrord.service.shares import (
 from mirrord.smb.location import ShareLocation, parse_location
 
 if TYPE_CHECKING:
-    from mirrord.storage.smb.door import Desk
+    from mirrord.storage.smb.desk import Desk
 
 # Connecting, logging on, and a file: each has its own deadline below this.
 TEST_DEADLINE_S = 60.0
@@ -87,7 +87,7 @@ async def examine(location: str, shares: Mapping[str, ShareConfig]) -> Credentia
     """Log on and look. Raises RefusedError, DeniedError, LostError."""
     from mirrord.service.share_login import login_of, make_server
     from mirrord.storage.remote import LostError
-    from mirrord.storage.smb.door import Desk
+    from mirrord.storage.smb.desk import Desk
 
     at = parse_location(location)
     config = find_share(shares, at.host, at.port, at.share)

@@ -32,6 +32,7 @@ import msgspec
 import mirrord
 from mirrord.control.messages import DiskState, DiskStatus, Job, Problem, Report
 from mirrord.control.sockets import Access, dial, listen, peer, remove_socket
+from mirrord.core.units import format_duration
 from mirrord.errors import MirrordError, RefusedError
 from mirrord.service.channel import Channel, ChannelClosedError, fetch_listener, readable
 from mirrord.service.logs import fields
@@ -231,6 +232,26 @@ class DiskProcess:
             self._renewal = None
         if self.problem is not None:
             raise RefusedError(self.problem.code, self.problem.message)
+
+    def refuse_awaited(self) -> None:
+        """Refuse to take the disk from guests that only seem to have gone."""
+        if self.awaits_clients:
+            raise RefusedError(
+                "clients-awaited",
+                f"the process of disk {self.name} was replaced within the last "
+                f"{format_duration(CLIENTS_COME_BACK_S)}, and a guest that has the disk may not "
+                "have noticed yet: end the guest and wait, or use --force",
+            )
+
+    def refuse_owed(self) -> None:
+        """Refuse to end a process that alone has what its server may have to be told again."""
+        share = None if self.status is None else self.status.share
+        if share is not None and share.state != "connected" and share.unflushed_bytes:
+            raise RefusedError(
+                "not-flushed",
+                f"what was written to disk {self.name} can't be made durable "
+                f"({share.reason or share.state}): wait until that is well",
+            )
 
     # The owner task.
 

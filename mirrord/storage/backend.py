@@ -273,6 +273,13 @@ class Backend(ABC):
         """Raise `OSError` (ESTALE) when the size was changed behind our back."""
         return
 
+    async def has_its_name(self) -> bool:
+        """Tell whether what is open still lies where it was opened, as far as that is asked here.
+
+        The daemon looks at paths itself. Raises `OSError`: it isn't known.
+        """
+        return True
+
 
 class Place(ABC):
     """A name under which a disk's bytes lie, or will lie.

@@ -288,7 +288,8 @@ class FilePlace(Place):
             )
         raise RefusedError(
             "target-exists",
-            f"{self.location} exists and is never overwritten: name another target or remove it",
+            f"{self.location} exists and is never overwritten: name another target, or remove "
+            "it if it is no disk that something uses",
         )
 
     def _create(self, job_id: str, source: Backend, cache: Cache) -> tuple[int, FileFacts]:

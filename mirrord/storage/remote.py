@@ -122,6 +122,10 @@ class Door(ABC):
         Raises LostError: not now, try again. DeniedError: not before somebody does something.
         """
 
+    async def is_there(self, former: RemoteFile) -> bool:
+        """Tell whether the file that is open still has its name. Raises OSError: it isn't known."""
+        return True
+
     def changed(self) -> bool:
         """Tell whether what made the last `DeniedError` may be gone: another password, say."""
         return False

@@ -169,7 +169,8 @@ class SteadyBackend(Backend):
         await self.write_zeroes(offset, length, fua=fua)
 
     async def flush(self) -> None:
-        await self._used(self._flush_kept() if self.authoritative else self._flush_target())
+        if not self._read_only:  # servers refuse it to whoever may not write
+            await self._used(self._flush_kept() if self.authoritative else self._flush_target())
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         return await self._look(lambda file: file.extents(offset, length))
@@ -189,6 +190,10 @@ class SteadyBackend(Backend):
             return
         if size != self.size:
             raise OSError(errno.ESTALE, f"its size changed from {self.size} to {size} bytes")
+
+    async def has_its_name(self) -> bool:
+        file = self._tie.file
+        return file is None or await self.door.is_there(file)
 
     def copies_from(self, source: Backend) -> bool:
         mine, other = self._tie.file, self._file_of(source)
@@ -297,7 +302,7 @@ class SteadyBackend(Backend):
             return
         self._kept.add(change)
         if self._kept.bytes > self.settings.unflushed_bytes_max // 2 and self._relief is None:
-            self._begin_relief()
+            self._relief = self._loop.create_task(self._relieving())
 
     async def _on_target(self, change: Change) -> None:
         file = self._tie.file or await self._wait_up(self._until_s())
@@ -383,9 +388,6 @@ class SteadyBackend(Backend):
         """Tell whether something newer was written, or is being written, to the range."""
         return touched((*self._kept, *self._flying.values()), offset, length)
 
-    def _begin_relief(self) -> None:
-        self._relief = self._loop.create_task(self._relieving())
-
     async def _relieving(self) -> None:
         """Flush, so that less has to be kept. A failure becomes that of the guest's next flush."""
         try:
@@ -396,9 +398,7 @@ class SteadyBackend(Backend):
             self._relief = None
 
     async def _relieve(self) -> None:
-        if self._relief is None:
-            self._begin_relief()
-        assert self._relief is not None
+        self._relief = self._relief or self._loop.create_task(self._relieving())
         await asyncio.shield(self._relief)
         self._refuse_if_poisoned()
 

@@ -178,9 +178,11 @@ def test_a_disk_with_unflushed_writes_is_not_let_go_while_its_server_is_away(sta
     assert client.receive() == (1, 0)
     client.close()
     samba.kill_all()
-    done = daemon.run("detach", "vm", "--json")
-    assert done.returncode == 4
-    assert "not-flushed" in done.stderr
+    eventually(lambda: daemon.json("show", "vm")["share"]["state"] == "away", what="it is away")
+    for words in (("detach", "vm"), ("upgrade", "vm", "--force")):
+        done = daemon.run(*words, "--json")
+        assert done.returncode == 4
+        assert "not-flushed" in done.stderr
     samba.start(rebooted=True)
     eventually(
         lambda: daemon.json("show", "vm")["share"]["state"] == "connected", 30, what="it is back"

@@ -163,6 +163,28 @@ def test_a_disk_is_served_read_only_from_a_share(site: Site) -> None:
     shown = site.daemon.json("show", "vm")
     assert shown["read_only"]
     assert shown["share"]["state"] == "connected"
+    site.daemon.json("detach", "vm")
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
+def test_the_only_copy_is_not_let_go(site: Site, replaced: bool) -> None:
+    """The file's name is gone at the server; what is open is what a move can save."""
+    content = random.Random(6).randbytes(MIB)
+    file = site.samba.put("gone.raw", content)
+    site.daemon.attach("vm", site.samba.url("gone.raw"))
+    file.unlink()
+    if replaced:
+        site.samba.put("gone.raw", b"another" * 1000, MIB)
+    assert "removed or replaced" in site.daemon.json("show", "vm")["reason"]
+    for words in (("detach", "vm"), ("upgrade", "vm", "--force")):
+        done = site.daemon.run(*words, "--json")
+        assert done.returncode == 4
+        assert "disk-replaced" in done.stderr
+    site.daemon.move("vm", site.samba.url(f"saved-{replaced}.raw"))
+    site.daemon.wait("vm")
+    assert site.samba.file(f"saved-{replaced}.raw").read_bytes() == content
+    assert site.daemon.json("show", "vm")["reason"] is None
+    site.daemon.json("detach", "vm")
 
 
 def test_what_show_says_about_a_share(site: Site) -> None:

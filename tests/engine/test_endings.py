@@ -309,7 +309,7 @@ async def test_a_target_that_hangs_after_a_restart_ends_the_move(
     if what == "discard":
         bench.at_target.fail("find", errno=errno.EIO)
         expect_log("leave job=job-1 target=mem:target")
-    bench.settings = replace(bench.settings, find_s=0.1)
+    bench.settings = replace(bench.settings, find_s=0.1, discard_s=0.1)
     found = await bench.recovered()
     assert found.job is None
     assert hanging.seen == 1

@@ -18,7 +18,7 @@ from mirrord.storage.smb.place import SharePlace
 from tests.samba import Samba
 from tests.storage.conformance import pattern
 from tests.storage.places import allocated_bytes, make_file
-from tests.storage.shares import DEADLINE_S, JOB, Client, Folder, MakeClient, refusal_of
+from tests.storage.shares import DEADLINE_S, JOB, Client, Folder, MakeClient, refusal_of, smbclient
 from tests.storage.shares import client as client
 from tests.storage.shares import folder as folder
 from tests.storage.shares import make_client as make_client
@@ -226,6 +226,7 @@ class TestChecking:
         for place in places:
             error = await refusal_of(place.create(JOB, huge, cache=Cache.WRITEBACK))
             assert error.code == "too-large"
+            assert "choose another" in str(error)
         assert folder.names() == []
         assert os.listdir(various.folder("solid")) == []
 
@@ -283,6 +284,18 @@ class TestTarget:
         await target.close()
         assert await place.confirm(JOB, target.identity) is None
 
+    async def test_it_is_hidden_from_nobody(
+        self, folder: Folder, source: Backend, samba: Samba
+    ) -> None:
+        """Samba hides names with a dot, and remembers that of the file."""
+        place, target = await self.create(folder, source)
+        await place.publish(JOB)
+        await target.close()
+        told = smbclient(samba, f"allinfo {folder.name}/target.raw")
+        assert "attributes: " in told
+        assert "H" not in told.partition("attributes: ")[2].partition(" (")[0]
+        assert target.capabilities.punches_holes
+
     async def test_publish_replaces_nothing(self, folder: Folder, source: Backend) -> None:
         place, target = await self.create(folder, source)
         make_file(folder.path / "target.raw", b"precious")
@@ -323,7 +336,7 @@ class TestTarget:
         assert folder.names() == []
 
     async def test_another_file_is_not_found_and_not_discarded(
-        self, folder: Folder, source: Backend
+        self, folder: Folder, source: Backend, samba: Samba, make_client: MakeClient
     ) -> None:
         place, target = await self.create(folder, source)
         await place.publish(JOB)
@@ -333,6 +346,9 @@ class TestTarget:
         again = folder.place("target.raw")
         assert await again.find(JOB, target.identity, cache=Cache.WRITEBACK) is None
         await again.discard(JOB, target.identity)
+        somebodys = await make_client(samba).open(f"{folder.name}/target.raw")
+        await again.discard(JOB, target.identity)  # and who has that open is not in the way
+        await somebodys.close()
         assert folder.names() == ["elsewhere", "target.raw"]
 
     @pytest.mark.parametrize("known", [False, True])

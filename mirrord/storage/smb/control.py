@@ -6,6 +6,7 @@ exceptions; `trouble.told` says what they mean. Used by the fast path and by the
 
 from __future__ import annotations
 
+import logging
 import socket
 import uuid
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from smbprotocol.create_contexts import (
 )
 from smbprotocol.exceptions import SMBResponseException
 from smbprotocol.file_info import (
+    FileAttributes,
     FileBasicInformation,
     FileDispositionInformation,
     FileEndOfFileInformation,
@@ -55,6 +57,8 @@ from smbprotocol.open import (
 
 from mirrord.smb import wire
 from mirrord.storage.remote import DeniedError
+
+log = logging.getLogger(__name__)
 
 Access = FilePipePrinterAccessMask
 READ: Final = Access.FILE_READ_DATA | Access.FILE_READ_ATTRIBUTES | Access.SYNCHRONIZE
@@ -233,6 +237,17 @@ def set_size(tree: Any, handle: Handle, size: int) -> None:
     information = FileEndOfFileInformation()
     information["end_of_file"] = size
     _set(tree, handle, information)
+
+
+def unhide(tree: Any, handle: Handle) -> None:
+    """Say that the file is none to be hidden: Samba hides what is made under a name with a dot,
+    also when it has another name later (`hide dot files`)."""
+    information = FileBasicInformation()
+    information["file_attributes"] = FileAttributes.FILE_ATTRIBUTE_NORMAL
+    try:
+        _set(tree, handle, information)
+    except SMBResponseException as error:
+        log.info("not unhidden error=%s", error)
 
 
 def _set(tree: Any, handle: Handle, information: Any) -> None:

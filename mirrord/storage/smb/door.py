@@ -8,42 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Final, cast
 
 from mirrord.smb.location import ShareLocation
-from mirrord.storage.backend import Capabilities, Identity
+from mirrord.storage.backend import Capabilities
 from mirrord.storage.remote import DeniedError, Door, LostError, RemoteFile
 from mirrord.storage.smb import control
 from mirrord.storage.smb.control import Facts, Handle
+from mirrord.storage.smb.desk import Desk, identity_of
 from mirrord.storage.smb.file import ShareFile
-from mirrord.storage.smb.plain import PlainFile, PlainSession
+from mirrord.storage.smb.plain import PlainFile
 from mirrord.storage.smb.server import ShareServer
-from mirrord.storage.smb.session import ShareSession, Tree
+from mirrord.storage.smb.session import ShareSession
 from mirrord.storage.smb.work import to_the_end
 
-KIND: Final = "smb"
 OPEN_S: Final = 10.0  # that opening again may take, before the connection is believed stuck
 
 File = ShareFile | PlainFile
-
-
-@dataclass(slots=True)
-class Desk:
-    """A share, ready for work on names."""
-
-    session: ShareSession | PlainSession
-    tree: Tree
-
-    async def ask(self, work: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run one of `control`'s functions."""
-        return await self.session.control(work, self.tree.share, *args, **kwargs)
-
-
-def identity_of(facts: Facts, *, keeps_birth: bool) -> Identity:
-    """Return what a file is known by. A birth that the server makes up is none."""
-    born_ns = facts.born_ns if keeps_birth else 0
-    return Identity(KIND, facts.volume, facts.number, facts.size, born_ns)
 
 
 class ShareDoor(Door):
@@ -65,6 +46,18 @@ class ShareDoor(Door):
             file = await to_the_end(self._reopen(former), RemoteFile.close)
             await former.close()
             return file
+        finally:
+            self._server.release()
+
+    async def is_there(self, former: RemoteFile) -> bool:
+        self._server.use()
+        try:
+            session = await self._server.session()
+            desk = Desk(session, await session.tree(self._share))
+            for path in self.paths or [former.path]:
+                if await desk.leads_to(path, former.identity):
+                    return True
+            return False
         finally:
             self._server.release()
 
@@ -91,9 +84,12 @@ class ShareDoor(Door):
                 session.abandon(why)
                 raise LostError(why) from error
             except OSError as error:
+                why = f"{self.where}: {error.strerror}"
+                if error.errno == errno.EACCES:
+                    session.abandon(why)  # Samba asks once a connection who may do what
                 if error.errno != errno.ENOENT:
                     # Locked: the server has not noticed yet that the old connection is gone.
-                    raise LostError(f"{self.where}: {error.strerror}") from error
+                    raise LostError(why) from error
                 missing = error
                 continue
             if len(paths) == 1 or former.identity.is_still(found.identity):

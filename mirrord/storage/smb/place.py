@@ -27,8 +27,9 @@ from mirrord.storage.backend import Backend, Cache, Identity, Place, Unreachable
 from mirrord.storage.names import part_name, retired_name
 from mirrord.storage.remote import DeniedError, LostError, SteadySettings
 from mirrord.storage.smb import control
-from mirrord.storage.smb.control import Facts, Handle
-from mirrord.storage.smb.door import Desk, File, ShareDoor, as_file, identity_of, open_file
+from mirrord.storage.smb.control import Handle
+from mirrord.storage.smb.desk import Desk, identity_of
+from mirrord.storage.smb.door import File, ShareDoor, as_file, open_file
 from mirrord.storage.smb.server import PATIENCE_S, ShareServer
 from mirrord.storage.smb.trouble import not_creatable, unopened
 from mirrord.storage.smb.work import to_the_end
@@ -213,7 +214,7 @@ class SharePlace(Place):
                 "directory-missing", f"there is no folder {self.location}: create it first"
             )
         self._settled = True
-        found = await self._look(desk, self._at.path)
+        found = await desk.look(self._at.path)
         if found is None:
             return
         if source.identity.same_object(identity_of(found, keeps_birth=True)):
@@ -222,7 +223,8 @@ class SharePlace(Place):
             )
         raise RefusedError(
             "target-exists",
-            f"{self.location} exists and is never overwritten: name another target or remove it",
+            f"{self.location} exists and is never overwritten: name another target, or remove "
+            "it if it is no disk that something uses",
         )
 
     async def _is_folder(self, desk: Desk, at: ShareLocation) -> bool:
@@ -293,7 +295,7 @@ class SharePlace(Place):
             pass
         try:
             async with self._desk(FIND_PATIENCE_S) as again:
-                await self._remove(again, part, None)
+                await again.remove(part, None)
         except OSError as error:
             log.warning("part left over location=%s error=%s", self.location, error.strerror)
 
@@ -307,12 +309,15 @@ class SharePlace(Place):
                 raise OSError(errno.EFBIG, error.strerror) from error
             raise
         if size > SIZE_IN_DOUBT:
-            await desk.ask(control.probe_end, handle, size)
+            try:
+                await desk.ask(control.probe_end, handle, size)
+            except DeniedError as error:
+                raise OSError(errno.EFBIG, error.strerror) from error
         await desk.ask(control.flush, handle)
         facts = await desk.ask(control.facts, handle)
         if facts.size != size:
             raise OSError(errno.EFBIG, f"the server made a file of {facts.size} bytes")
-        await self._flush_folder(desk)
+        await desk.flush_folder(self._at.folder)
         return as_file(self._server, desk, handle, facts, part, sparse=sparse)
 
     # The target, while its job lasts.
@@ -320,7 +325,7 @@ class SharePlace(Place):
     async def _find(self, job_id: str, identity: Identity) -> Backend | None:
         async with self._refusing(FIND_PATIENCE_S) as desk:
             for path in (self._part(job_id), self._at.path):
-                if not await self._leads_to(desk, path, identity):
+                if not await desk.leads_to(path, identity):
                     continue
                 try:
                     file = await self._open_patiently(desk, path, False)
@@ -348,20 +353,21 @@ class SharePlace(Place):
             raise FileNotFoundError(errno.ENOENT, "the target is not open", old)
         door = cast(ShareDoor, target.door)
         async with self._desk() as desk:
-            found = await self._look(desk, new)
+            found = await desk.look(new)
             if found is None or not target.identity.is_still(
                 identity_of(found, keeps_birth=target.identity.born_ns != 0)
             ):
                 if found is not None:
                     raise FileExistsError(errno.EEXIST, "the name is taken", new)
-                if not await self._leads_to(desk, old, target.identity):
+                if not await desk.leads_to(old, target.identity):
                     raise FileNotFoundError(errno.ENOENT, "the target's file is gone", old)
                 file = cast(File, target.connected())
                 door.paths = [new, old]
                 # by the session that the handle is of
                 await file.session.control(control.rename, file.tree.share, file.handle, new)
+                await file.session.control(control.unhide, file.tree.share, file.handle)
             door.paths = [new]
-            await self._flush_folder(desk)
+            await desk.flush_folder(self._at.folder)
 
     async def _discard(self, job_id: str, identity: Identity | None) -> None:
         if self._target is not None:
@@ -369,15 +375,15 @@ class SharePlace(Place):
             await self._target.close()  # its lock would be in the way
             self._target = None
         async with self._desk() as desk:
-            await self._remove(desk, self._part(job_id), None)
+            await desk.remove(self._part(job_id), None)
             if identity is not None:
-                await self._remove(desk, self._at.path, identity)
-            await self._flush_folder(desk)
+                await desk.remove(self._at.path, identity)
+            await desk.flush_folder(self._at.folder)
 
     async def _confirm(self, identity: Identity) -> str | None:
         try:
             async with self._desk() as desk:
-                found = await self._look(desk, self._at.path)
+                found = await desk.look(self._at.path)
         except LostError:
             raise
         except OSError as error:
@@ -393,8 +399,8 @@ class SharePlace(Place):
     async def _retire(self, job_id: str, identity: Identity) -> str | None:
         async with self._desk() as desk:
             retired = self._at.beside(retired_name(self._at.name, job_id)).path
-            if await self._leads_to(desk, retired, identity):
-                await self._flush_folder(desk)
+            if await desk.leads_to(retired, identity):
+                await desk.flush_folder(self._at.folder)
                 return None
             try:
                 handle = await desk.ask(control.open_handle, self._at.path, control.REMOVE)
@@ -420,78 +426,19 @@ class SharePlace(Place):
         if found.links > 1:
             return f"{self.location} has another hard link"
         await desk.ask(control.rename, handle, retired)
-        await self._flush_folder(desk)
+        await desk.flush_folder(self._at.folder)
         return None
 
     async def _delete_retired(self, job_id: str, identity: Identity) -> None:
         async with self._desk() as desk:
             retired = self._at.beside(retired_name(self._at.name, job_id)).path
-            await self._remove(desk, retired, identity)
-            await self._flush_folder(desk)
+            await desk.remove(retired, identity)
+            await desk.flush_folder(self._at.folder)
 
     # What a name leads to.
 
     def _part(self, job_id: str) -> str:
         return self._at.beside(part_name(self._at.name, job_id)).path
-
-    async def _look(self, desk: Desk, path: str) -> Facts | None:
-        """Return what a name leads to, past every lock; None when there is nothing."""
-        try:
-            handle = await desk.ask(
-                control.open_handle, path, control.LOOK, share=control.SHARED, folder=None
-            )
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
-        try:
-            facts: Facts = await desk.ask(control.facts, handle)
-            return facts
-        finally:
-            await desk.ask(control.close, handle)
-
-    async def _leads_to(self, desk: Desk, path: str, identity: Identity) -> bool:
-        found = await self._look(desk, path)
-        return found is not None and identity.is_still(
-            identity_of(found, keeps_birth=identity.born_ns != 0)
-        )
-
-    async def _remove(self, desk: Desk, path: str, identity: Identity | None) -> None:
-        """Delete a name, if it leads to the file of `identity`; None: whatever it leads to."""
-        try:
-            handle = await desk.ask(control.open_handle, path, control.REMOVE)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return
-            raise
-        try:
-            if identity is not None:
-                found = await desk.ask(control.facts, handle)
-                if not identity.is_still(identity_of(found, keeps_birth=identity.born_ns != 0)):
-                    return
-            await desk.ask(control.dispose, handle)
-        finally:
-            await desk.ask(control.close, handle)
-
-    async def _flush_folder(self, desk: Desk) -> None:
-        """Make changes of names durable, where the server does that for a folder."""
-        access = control.LOOK | control.ADD_FILE
-        try:
-            handle = await desk.ask(
-                control.open_handle, self._at.folder, access, share=control.SHARED, folder=True
-            )
-        except LostError:
-            raise
-        except OSError:
-            return  # whoever may not add files here could not have changed a name either
-        try:
-            await desk.ask(control.flush, handle)
-        except LostError:
-            raise
-        except OSError:
-            return  # Windows flushes no folder; its journal has the change
-        finally:
-            await desk.ask(control.close, handle)
 
 
 async def _give_back(opened: Backend | None) -> None:

@@ -129,7 +129,10 @@ def unopened(location: str, error: OSError) -> RefusedError:
         errno.ENOENT: ("location-missing", "doesn't exist: check the path"),
         errno.EBUSY: ("in-use", "is in use by another client: stop that first"),
         errno.EISDIR: ("is-directory", "is a folder: name a file"),
-        errno.EACCES: ("unreadable", "can't be opened by this user: check its permissions"),
+        errno.EACCES: (
+            "unreadable",
+            "can't be opened by this user: check its permissions, or attach it with --read-only",
+        ),
     }
     code, reason = known.get(
         error.errno or 0, ("unreadable", f"can't be opened ({error.strerror})")
@@ -150,7 +153,8 @@ def not_creatable(at: ShareLocation, error: OSError) -> RefusedError:
         errno.EDQUOT: ("no-space", "the quota is used up: free some space"),
         errno.EFBIG: (
             "too-large",
-            "the server takes no file of that size, or would allocate all of it and is full",
+            "the server's file system takes no file of that size, or would allocate all of it and "
+            "is full: choose another",
         ),
         errno.EINVAL: ("bad-name", "the server doesn't take that name: choose another"),
     }
