@@ -361,11 +361,11 @@ class WriteTracker:
             # so that a comparison under way can't call the chunk verified after this write. (An
             # unmirrored write needs none of this: its blocks are copied again.)
             self.digests.forget(start, length)
-            was_clean = mirror.settled and self.bitmap.clean(start, length)
-            if self._mirror is mirror and was_clean:
-                self.bitmap.hold(start, length)
-            else:
-                self.bitmap.mark(start, length)
+            # What was equal stays so, block by block: else the dirt of one would spread.
+            known = mirror.settled and self._mirror is mirror
+            runs = self.bitmap.runs(start, length) if known else [(start, length, True)]
+            for at, count, dirty in runs:
+                (self.bitmap.mark if dirty else self.bitmap.hold)(at, count)
             try:
                 if not self.intents.marked(mutation.offset, mutation.length):
                     await self._ensure(mutation.offset, mutation.length)
@@ -377,10 +377,9 @@ class WriteTracker:
             except BaseException:
                 self.bitmap.mark(start, length)
                 raise
-            if equal and was_clean and self._mirror is mirror:
-                self.bitmap.unmark(start, length)
-            else:
-                self.bitmap.mark(start, length)
+            equal = equal and self._mirror is mirror
+            for at, count, dirty in runs:
+                (self.bitmap.unmark if equal and not dirty else self.bitmap.mark)(at, count)
         finally:
             self._unlock(ticket, leg)
 
