@@ -477,6 +477,7 @@ def _run(json: bool) -> int:
         _complain(UsageError.code, _usage(error), json)
         return UsageError.exit_code
     except (KeyboardInterrupt, typer.Abort):
+        print("mirrord: interrupted; what was asked for may go on: mirrord jobs", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (BrokenPipeError, SystemExit) as ended:
         # Whoever read our output has seen enough. Typer ends with 1 when it meets that first.
@@ -494,7 +495,6 @@ def _run(json: bool) -> int:
 
 def _usage(error: Exception) -> str:
     """Return click's explanation in one line, and where to read on."""
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "mirrord"
+    command = context.command_path if (context := getattr(error, "ctx", None)) else "mirrord"
     explain = getattr(error, "format_message", lambda: str(error))
     return f"{explain().rstrip('.')}; see '{command} --help'"

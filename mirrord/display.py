@@ -97,7 +97,8 @@ def disk(shown: Disk) -> str:
         ("nbd", shown.uris.nbd or "-"),
     ]
     lines += [("share", _share(one)) for one in (shown.share,) if one is not None]
-    lines += [("target share", _share(one)) for one in (shown.target_share,) if one is not None]
+    if shown.target_share is not None:
+        lines.append(("target share", _share(shown.target_share, wait=False)))
     text = pairs(lines)
     if shown.snippets is not None:
         text += (
@@ -108,8 +109,8 @@ def disk(shown: Disk) -> str:
     return text
 
 
-def _share(share: Share) -> str:
-    """Return one line about the connection to a share."""
+def _share(share: Share, *, wait: bool = True) -> str:
+    """Return one line about the connection to a share, and how long a guest may `wait` for it."""
     said = [f"{share.state}: {share.reason}" if share.reason else share.state]
     if share.dialect:
         said.append(f"SMB {share.dialect}")
@@ -118,8 +119,10 @@ def _share(share: Share) -> str:
         said.append(f"{share.handle} handle")
     if share.state == "failed":
         said.append("every request fails")
-    else:
+    elif wait:
         said.append(f"a guest waits up to {share.io_timeout_s:g} s for it")
+    if share.unflushed_bytes:
+        said.append(f"{format_bytes(share.unflushed_bytes)} not flushed")
     if share.weaknesses:
         said.append(f"WEAK: {', '.join(share.weaknesses)}")
     return "; ".join(said)

@@ -158,7 +158,8 @@ class Cutover:
         try:
             await self._place.publish(self._job_id)
         except FileNotFoundError:
-            return Event.ABORTED, f"somebody removed the target {self._place.location}"
+            why = "leads nowhere: somebody removed the target, or its folder"
+            return Event.ABORTED, f"{self._place.location} {why}"
         except FileExistsError:
             return Event.ABORTED, f"something else took the target's name: {self._place.location}"
         except OSError as error:

@@ -52,7 +52,6 @@ from mirrord.engine.tracking import WriteTracker
 from mirrord.engine.verify import Verifier
 from mirrord.errors import DamagedError, RefusedError, SideError, SourceError, TargetError
 from mirrord.storage.backend import Backend, Identity, Place
-from mirrord.storage.names import left_over
 
 _log = logging.getLogger("mirrord.engine")
 
@@ -426,7 +425,7 @@ class Job:
         try:
             await self._within_drain(self.target_place.discard(self.request.job_id))
         except OSError as error:
-            reason += f"; {left_over(self.target_place.location, self.request.job_id, error)}"
+            reason += f"; {self.request.left_over(self.target_place.location, error)}"
         self.around.adopt(self.tracker.close_target())
         self._ended = await self._conclude(event, reason, after)
 

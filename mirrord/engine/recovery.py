@@ -39,7 +39,6 @@ from mirrord.engine.store import JobStore, unwritable
 from mirrord.engine.surroundings import Surroundings
 from mirrord.errors import RefusedError
 from mirrord.storage.backend import Backend, Cache, Identity, Place
-from mirrord.storage.names import left_over
 
 _log = logging.getLogger("mirrord.engine")
 
@@ -354,7 +353,7 @@ async def _discard(
     except (OSError, RefusedError) as error:
         location = places.target.location
         _log.warning("leave job=%s target=%s error=%s", request.job_id, location, error)
-        return f"; {left_over(location, request.job_id, error)}"
+        return f"; {request.left_over(location, error)}"
     return ""
 
 

@@ -32,6 +32,11 @@ class JobRequest:
         known = {key: settings[key] for key in ("limit", "mode", "cutover") if key in settings}
         return replace(self, **known)
 
+    def left_over(self, location: str, error: Exception) -> str:
+        """Say what stays of a target that can't be deleted: its name was never its own."""
+        part = f".{location.rpartition('/')[2]}.mirrord-{self.job_id}.part"
+        return f"the target {location} is left over, as {part} ({error})"
+
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:

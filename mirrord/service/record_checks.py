@@ -169,7 +169,7 @@ def check_leftovers(
         return []
     left = [each for each in left if each[1] not in known.unfinished]
     if not left:
-        return [Check("leftovers", "ok", "no move has left a file behind")]
+        return [Check("leftovers", "ok", "no move has left a file behind on this host")]
     shown = [_leftover(*each, known.ended) for each in left[:LEFTOVERS_SHOWN]]
     more = Counter(path.parent for path, _, _ in left[LEFTOVERS_SHOWN:])
     return shown + [

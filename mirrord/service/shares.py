@@ -201,7 +201,8 @@ def find_share(shares: Mapping[str, ShareConfig], host: str, port: int, share: s
     raise RefusedError(
         "share-not-configured",
         f'the share {section} is not configured: add a section [smb."{section}"] with its '
-        "credential to mirrord.toml",
+        "credential to mirrord.toml; a disk that is served already learns of it by "
+        "'mirrord upgrade NAME --force'",
     )
 
 

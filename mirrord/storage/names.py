@@ -119,12 +119,6 @@ def part_name(name: str, job_id: str) -> str:
     return _hidden_name(name, f".mirrord-{job_id}.part")
 
 
-def left_over(location: str, job_id: str, error: Exception) -> str:
-    """Say what a job whose target can't be deleted leaves where that was to be."""
-    part = part_name(os.path.basename(location), job_id)
-    return f"the target {location} is left over, as {part} ({error})"
-
-
 def retired_name(name: str, job_id: str) -> str:
     """Return what a source is called between its retirement and its deletion."""
     return _hidden_name(name, f".mirrord-{job_id}.retired")

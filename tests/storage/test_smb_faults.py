@@ -116,37 +116,6 @@ class TestAuthority:
         assert server.file("disk.raw").read_bytes() == seen
         assert backend.facts()["unflushed_bytes"] == 0
 
-    async def test_rights_that_were_taken_away_for_a_while(
-        self, server: Samba, make_client: MakeClient
-    ) -> None:
-        """Samba asks once a connection who may write."""
-        backend = await self.opened(make_client, server)
-        server.reconfigure(share_lines=["read only = yes"])
-        server.kill_child()
-        await eventually_async(
-            lambda: "ACCESS_DENIED" in str(backend.reason), DEADLINE_S, "it may not be opened"
-        )
-        server.reconfigure(share_lines=["read only = no"])
-        async with asyncio.timeout(DEADLINE_S):
-            await backend.write(0, b"well again")
-        assert bytes(await backend.read(0, 10)) == b"well again"
-
-    async def test_whether_the_file_still_has_its_name(
-        self, server: Samba, make_client: MakeClient
-    ) -> None:
-        backend = await self.opened(make_client, server)
-        file = server.file("disk.raw")
-        assert await backend.has_its_name()
-        file.rename(file.with_name("elsewhere.raw"))
-        assert not await backend.has_its_name()
-        server.put("disk.raw", pattern(SIZE))
-        assert not await backend.has_its_name()
-        file.with_name("elsewhere.raw").rename(file)
-        assert await backend.has_its_name()
-        server.kill_all()
-        await until_away(backend)
-        assert await backend.has_its_name()  # as far as is known
-
     async def test_a_server_that_is_only_slow_is_waited_for(
         self, server: Samba, make_client: MakeClient, announced_logs: Any
     ) -> None:

@@ -11,9 +11,11 @@ from mirrord.core.geometry import MIB
 from mirrord.errors import RefusedError
 from mirrord.storage.backend import Cache
 from mirrord.storage.memory import open_memory
+from tests.helpers import eventually_async
 from tests.samba import Samba
 from tests.shares import leftovers
-from tests.storage.shares import JOB, QUICK, MakeClient
+from tests.storage.conformance import pattern
+from tests.storage.shares import DEADLINE_S, JOB, QUICK, MakeClient, until_away
 from tests.storage.shares import make_client as make_client
 from tests.tcp_proxy import Proxy
 
@@ -47,3 +49,46 @@ async def test_a_target_that_could_not_be_made_leaves_nothing(
         else:  # it was over before
             await place.discard(JOB)
             assert leftovers(folder) == []
+
+
+@pytest.fixture
+def server(make_samba: Callable[..., Samba]) -> Samba:
+    """A server of this test's own, with a disk."""
+    one = make_samba()
+    one.put("disk.raw", pattern(MIB))
+    return one
+
+
+async def test_rights_that_were_taken_away_for_a_while(
+    server: Samba, make_client: MakeClient, expect_log: Callable[..., None]
+) -> None:
+    """Samba asks once a connection who may write."""
+    expect_log("connection lost", "connected again")
+    backend = await make_client(server, line=QUICK).open(authoritative=True)
+    server.reconfigure(share_lines=["read only = yes"])
+    server.kill_child()
+    await eventually_async(
+        lambda: "ACCESS_DENIED" in str(backend.reason), DEADLINE_S, "it may not be opened"
+    )
+    server.reconfigure(share_lines=["read only = no"])
+    async with asyncio.timeout(DEADLINE_S):
+        await backend.write(0, b"well again")
+    assert bytes(await backend.read(0, 10)) == b"well again"
+
+
+async def test_whether_the_file_still_has_its_name(
+    server: Samba, make_client: MakeClient, expect_log: Callable[..., None]
+) -> None:
+    expect_log("connection lost", "connected again")
+    backend = await make_client(server, line=QUICK).open(authoritative=True)
+    file = server.file("disk.raw")
+    assert await backend.has_its_name()
+    file.rename(file.with_name("elsewhere.raw"))
+    assert not await backend.has_its_name()
+    server.put("disk.raw", pattern(MIB))
+    assert not await backend.has_its_name()
+    file.with_name("elsewhere.raw").rename(file)
+    assert await backend.has_its_name()
+    server.kill_all()
+    await until_away(backend)
+    assert await backend.has_its_name()  # as far as is known
