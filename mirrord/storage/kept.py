@@ -21,6 +21,7 @@ from mirrord.storage.remote import LostError, RemoteFile
 SAMPLES_MAX: Final = 128  # of what was flushed: a quarter of a second to read back, at worst
 SAMPLE_BYTES_MAX: Final = 64 * KIB
 ZERO_PIECE_BYTES: Final = MIB
+REPEATED_AT_ONCE: Final = 32
 _ZEROES = bytes(ZERO_PIECE_BYTES)
 
 
@@ -206,8 +207,35 @@ async def apply(file: RemoteFile, change: Change, *, through: bool) -> None:
         await file.flush()
 
 
-async def repeat(file: RemoteFile, change: Change) -> None:
-    """Carry a change out again. One that was never acknowledged may be refused: it alone fails."""
+async def repeat(file: RemoteFile, kept: Iterable[Change], flying: Sequence[Change]) -> None:
+    """Carry out again what a file that was opened again may lack: the newest of each range.
+
+    One that was never acknowledged may be refused: it alone fails, and what it had covered of
+    others is carried out after all.
+    """
+    for change in flying:
+        change.sent = True
+    asked = -1
+    while asked != sum(change.again for change in flying):
+        asked = sum(change.again for change in flying)
+        parts = iter(latest((*kept, *flying)))  # disjoint, so in any order
+        workers = (_repeat_some(file, parts) for _ in range(REPEATED_AT_ONCE))
+        for end in await asyncio.gather(*workers, return_exceptions=True):
+            if end is not None:
+                raise end
+
+
+async def _repeat_some(file: RemoteFile, parts: Iterator[Change]) -> None:
+    for part in parts:
+        try:
+            await _repeat_one(file, part)
+        except BaseException:
+            for _ in parts:  # the others needn't go on
+                pass
+            raise
+
+
+async def _repeat_one(file: RemoteFile, change: Change) -> None:
     try:
         await apply(file, change, through=False)
     except LostError:

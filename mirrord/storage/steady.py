@@ -47,7 +47,6 @@ from mirrord.storage.kept import (
     Kept,
     Samples,
     apply,
-    latest,
     repeat,
     touched,
 )
@@ -280,10 +279,10 @@ class SteadyBackend(Backend):
 
     async def _carry_out(self, change: Change) -> None:
         """Ask until it is done, or the time is over; then keep it."""
-        until_s = self._loop.time() + self.settings.io_timeout_s
+        until_s: float | None = None  # the time begins with the first wait
         through = change.fua or self.settings.write_through
         while True:
-            file = self._tie.file or await self._wait_up(until_s)
+            file = self._tie.file or await self._wait_up(until_s := until_s or self._until_s())
             if change.landed:  # by the replay, and flushed
                 return
             if change.refused is not None:  # by the replay's server
@@ -413,11 +412,12 @@ class SteadyBackend(Backend):
 
     async def _look(self, ask: Callable[[RemoteFile], Awaitable[T]]) -> T:
         """Ask for what a guest sees: not before it is sure to stay."""
-        return await self._used(self._looked(ask, self._until_s()))
+        return await self._used(self._looked(ask))
 
-    async def _looked(self, ask: Callable[[RemoteFile], Awaitable[T]], until_s: float) -> T:
-        settling = self._settling
+    async def _looked(self, ask: Callable[[RemoteFile], Awaitable[T]]) -> T:
+        settling, until_s = self._settling, None
         if settling is not None and not settling.done():
+            until_s = self._until_s()
             await asyncio.wait((settling,), timeout=self.settings.io_timeout_s)
             if not settling.done():
                 raise self._tie.unreachable()
@@ -427,9 +427,8 @@ class SteadyBackend(Backend):
         self, ask: Callable[[RemoteFile], Awaitable[T]], until_s: float | None = None
     ) -> T:
         """Ask; while the guest depends on it, again and again until there is an answer."""
-        until_s = self._until_s() if until_s is None else until_s
         while True:
-            file = self._tie.file or await self._wait_up(until_s)
+            file = self._tie.file or await self._wait_up(until_s := until_s or self._until_s())
             try:
                 return await ask(file)
             except LostError as why:
@@ -472,8 +471,7 @@ class SteadyBackend(Backend):
     async def _replay(self, file: RemoteFile) -> None:
         """Repeat what a restarted server may have forgotten, then what was in flight."""
         mark, flying = self._kept.mark(), list(self._flying.values())
-        for change in latest((*self._kept, *flying)):
-            await repeat(file, change)
+        await repeat(file, self._kept, flying)
         try:
             await file.flush()
         except OSError as error:

@@ -127,6 +127,9 @@ class Tie:
                 await self._changed()
             except OSError as why:
                 self.reason = why.strerror
+            except Exception as why:  # a defect must not be the last attempt
+                log.exception("opening again failed server=%s", self.door.where)
+                self.reason = f"a defect: {why!r}"
 
     async def _changed(self) -> None:
         """Return when it may be worth asking again after the server said no."""

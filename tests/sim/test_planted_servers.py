@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mirrord.engine.cutover import Cutover
-from mirrord.storage import steady
+from mirrord.storage import kept
 from mirrord.storage.kept import Change, ChangeLocks, apply, latest
 from mirrord.storage.remote import LostError, RemoteFile, SteadySettings
 from mirrord.storage.steady import SteadyBackend
@@ -56,12 +56,14 @@ def the_oldest_is_replayed_last(patch: pytest.MonkeyPatch) -> None:
     def reverse(changes: Sequence[Change]) -> list[Change]:
         return [change for change in reversed(changes) if change.again]
 
-    patch.setattr(steady, "latest", reverse)
+    patch.setattr(kept, "latest", reverse)
+    patch.setattr(kept, "REPEATED_AT_ONCE", 1)
 
 
 def old_content_is_replayed_over_newer(patch: pytest.MonkeyPatch) -> None:
     """Everything is repeated in its order, until we die in the middle (was in it once)."""
-    patch.setattr(steady, "latest", lambda changes: [c for c in changes if c.again])
+    patch.setattr(kept, "latest", lambda changes: [c for c in changes if c.again])
+    patch.setattr(kept, "REPEATED_AT_ONCE", 1)
 
 
 def an_answer_of_an_earlier_life_is_believed(patch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ class Server:
         self.content = bytearray(SIZE)
         self.full = False
         self.hanging: asyncio.Future[None] | None = None  # what a write there waits for
+        self.asked = 0  # how many writes
         self.file: File
 
 
@@ -70,6 +71,7 @@ class File(RemoteFile):
         self, offset: int, data: Buffer, *, through: bool = False, copying: bool = False
     ) -> None:
         self._alive()
+        self.server.asked += 1
         if offset >= UPPER and self.server.hanging is not None:
             await self.server.hanging
         if offset >= UPPER and self.server.full:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from errno import EDQUOT, EFBIG, EIO, ENOSPC, ESTALE
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mirrord.core.geometry import GIB, MIB, Extent, Status, merge
+from mirrord.errors import ProtocolError
 from mirrord.smb import status as st
 from mirrord.smb import wire
 from mirrord.smb.channel import Reply
@@ -31,6 +32,8 @@ from mirrord.storage.smb.line import TooLargeError
 
 if TYPE_CHECKING:
     from mirrord.storage.smb.session import ShareSession, Tree
+
+T = TypeVar("T")
 
 # Punching a hole keeps a server's process busy while it frees the blocks.
 ZERO_BYTES_MAX: Final = GIB
@@ -149,7 +152,7 @@ class ShareFile(RemoteFile):
         self._granted.add("read")
         data = reply.payload
         if data is None:
-            data = wire.read_reply(reply.message, length)
+            data = self._parsed(wire.read_reply, reply.message, length)
         if len(data) != length:
             raise OSError(ESTALE, f"the file ends {length - len(data)} bytes before its size")
         return data
@@ -175,7 +178,7 @@ class ShareFile(RemoteFile):
         if reply.status != st.SUCCESS:
             raise self._failure(reply, "write")
         self._granted.add("write")
-        count = wire.write_reply(reply.message)
+        count = self._parsed(wire.write_reply, reply.message)
         if count != reply.request.payload_bytes:
             raise OSError(EIO, f"the server wrote {count} bytes of a whole request")
 
@@ -216,7 +219,7 @@ class ShareFile(RemoteFile):
         if reply.status != st.SUCCESS:
             raise self._failure(reply, "flush")
         self._granted.add("flush")
-        wire.empty_reply(reply.message)
+        self._parsed(wire.empty_reply, reply.message)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """Look further than asked while all is data: a server walks to its end for each look."""
@@ -254,7 +257,8 @@ class ShareFile(RemoteFile):
             return [Extent(offset, length, Status.DATA)]
         if reply.status != st.SUCCESS and not partial:
             raise self._failure(reply, "the list of allocated ranges")
-        ranges = wire.parse_ranges(wire.ioctl_reply(reply.message, RANGES_BYTES_MAX))
+        output = self._parsed(wire.ioctl_reply, reply.message, RANGES_BYTES_MAX)
+        ranges = self._parsed(wire.parse_ranges, output)
         return map_of(ranges, offset, length, partial=partial)
 
     async def _extents_of_half(self, offset: int, length: int) -> list[Extent]:
@@ -312,7 +316,7 @@ class ShareFile(RemoteFile):
         output = await self._ioctl(
             wire.SRV_COPYCHUNK_WRITE, given, "copy", room=12, copying_bytes=length
         )
-        if wire.parse_copied(output)[2] != length:
+        if self._parsed(wire.parse_copied, output)[2] != length:
             raise OSError(EIO, "the server copied less than it was asked to")
 
     async def _resume_key(self, source: ShareFile) -> bytes:
@@ -320,7 +324,7 @@ class ShareFile(RemoteFile):
         if file_id not in self._resume_keys:
             self._resume_keys.clear()
             output = await source._ioctl(wire.REQUEST_RESUME_KEY, b"", "resume key", room=32)
-            self._resume_keys[file_id] = wire.parse_resume_key(output)
+            self._resume_keys[file_id] = self._parsed(wire.parse_resume_key, output)
         return self._resume_keys[file_id]
 
     # The end.
@@ -364,7 +368,16 @@ class ShareFile(RemoteFile):
         if reply.status != st.SUCCESS:
             raise self._failure(reply, doing)
         self._granted.add(doing)
-        return wire.ioctl_reply(reply.message, room)
+        return self._parsed(wire.ioctl_reply, reply.message, room)
+
+    def _parsed(self, parse: Callable[..., T], *args: Any) -> T:
+        """Understand an answer; one that breaks the protocol ends the session."""
+        try:
+            return parse(*args)
+        except ProtocolError as error:
+            why = f"{self.session.server} broke the protocol: {error}"
+            self.session.abandon(why)
+            raise LostError(why) from error
 
     def _failure(self, reply: Reply, doing: str) -> OSError:
         denied = reply.status == st.ACCESS_DENIED and doing in self._granted
