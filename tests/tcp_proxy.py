@@ -91,11 +91,14 @@ class _Pair:
     def end(self, *, gently: bool) -> None:
         """Close both connections, or reset them. Idempotent."""
         for writer in self._writers:
-            if gently and not writer.is_closing():
-                writer.write_eof()  # what was not read yet would make a reset of it
-                writer.close()
-            elif not gently:
+            if not gently:
                 _reset(writer)
+            elif not writer.is_closing():
+                try:
+                    writer.write_eof()  # what was not read yet would make a reset of it
+                    writer.close()
+                except OSError:  # the peer was killed
+                    _reset(writer)
         self._proxy.pairs.discard(self)
         if self._task is not None:
             self._task.cancel()

@@ -194,14 +194,16 @@ class Cutover:
     async def _quiesce(self) -> str | None:
         """Drain, check and flush behind the closed gate; return why it didn't work out."""
         limit_s = self._settings.gate_s
+        what = "writes in flight"
         try:
             async with asyncio.timeout(limit_s):
                 await self._disk.settle()
+                what = "the target's last flush"
                 if self._tracker.bitmap.dirty() or not self._tracker.mirroring:
                     return "a write was not mirrored"
                 await self._tracker.flush_target()
         except TimeoutError:
-            return f"writes in flight did not end within {limit_s:g} s"
+            return f"{what} did not end within {limit_s:g} s"
         return None
 
     async def _abort_durably(self, error: OSError) -> Outcome:

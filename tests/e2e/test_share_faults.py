@@ -27,6 +27,7 @@ __all__ = ["make_samba"]
 
 LOGGED = ("connection lost", "connected again", "channel", "flush not possible", "clear intent-map")
 SHORT_S = 2.0  # shorter than any deadline
+SERVED_S = 14.0  # 6 to find the target, 2 to remove it, a start, and a busy machine
 LONG_S = 13.0  # longer than the ten seconds after which a silent server counts as gone
 
 
@@ -194,6 +195,32 @@ def test_a_disk_with_unflushed_writes_is_not_let_go_while_its_server_is_away(sta
     samba.kill_all()
     eventually(lambda: daemon.json("show", "vm")["share"]["state"] == "away", what="it is away")
     daemon.json("detach", "vm")  # nothing is owed
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["dead", "stopped"])
+def test_a_guest_waits_for_its_own_disk_only_so_long(
+    start: Any, tmp_path: Path, stopped: bool
+) -> None:
+    """The disk's process is killed while the server of a move's target is away."""
+    samba, daemon = start()
+    daemon.expect_log("restarting disk process", "leave job=", "location hangs")
+    source = tmp_path / "vm.raw"
+    fill(source, SIZE_BYTES)
+    socket = daemon.attach("vm", source)
+    job_id = daemon.move("vm", samba.url("vm.raw"), "--limit", "4MiB")
+    eventually(lambda: daemon.job(job_id)["phase"] == "copying", 30, "the job is copying")
+    samba.pause(everything=True) if stopped else samba.kill_all()
+    daemon.kill_disk("vm")
+    began_s = time.monotonic()
+    client = Client(socket, "vm")
+    client.send(WRITE, 1, 0, BLOCK_BYTES, b"w" * BLOCK_BYTES)
+    assert client.receive() == (1, 0)
+    assert time.monotonic() - began_s < SERVED_S
+    client.close()
+    assert "could not be opened after a restart" in daemon.job(job_id)["reason"]
+    assert source.read_bytes()[:BLOCK_BYTES] == b"w" * BLOCK_BYTES
+    if stopped:
+        samba.go_on()
 
 
 def test_a_disk_waits_for_a_server_that_is_away_at_its_start(start: Any) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from mirrord.core.geometry import MIB
-from mirrord.errors import RefusedError
+from mirrord.core.geometry import KIB, MIB
+from mirrord.errors import ProtocolError, RefusedError
+from mirrord.smb import wire
 from mirrord.storage.backend import Cache
 from mirrord.storage.memory import open_memory
 from tests.helpers import eventually_async
@@ -92,3 +93,34 @@ async def test_whether_the_file_still_has_its_name(
     server.kill_all()
     await until_away(backend)
     assert await backend.has_its_name()  # as far as is known
+
+
+@pytest.mark.parametrize("parse", ["write_reply", "empty_reply", "ioctl_reply", "parse_ranges"])
+async def test_an_answer_that_is_sealed_well_and_makes_no_sense(
+    server: Samba,
+    make_client: MakeClient,
+    expect_log: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    parse: str,
+) -> None:
+    """It ends the connection, as any other breach of the protocol does; the guest only waits."""
+    expect_log("connection lost", "connected again")
+    backend = await make_client(server, line=QUICK).open(authoritative=True)
+    good, seen = getattr(wire, parse), 0
+
+    def once(*args: object) -> object:
+        nonlocal seen
+        seen += 1
+        if seen == 1:
+            raise ProtocolError("a reply says 0 where 17 belongs")
+        return good(*args)
+
+    await backend.flush()
+    monkeypatch.setattr(wire, parse, once)
+    await backend.write(0, b"there")
+    await backend.write_zeroes(64 * KIB, 64 * KIB)
+    await backend.flush()
+    await backend.extents(0, MIB)
+    assert seen > 1
+    assert bytes(await backend.read(0, 5)) == b"there"
+    assert backend.facts()["state"] == "connected"
