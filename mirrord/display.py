@@ -51,7 +51,7 @@ def disks(found: list[Disk]) -> str:
     rows = [
         (
             each.name,
-            each.state,
+            _state(each),
             _size(each),
             str(each.clients),
             each.job or "-",
@@ -60,6 +60,12 @@ def disks(found: list[Disk]) -> str:
         for each in found
     ]
     return table(("NAME", "STATE", "SIZE", "CLIENTS", "JOB", "LOCATION"), rows)
+
+
+def _state(disk: Disk) -> str:
+    """Return a disk's state; of one that is served from a share, that of its connection if bad."""
+    bad = disk.state == "serving" and disk.share is not None and disk.share.state != "connected"
+    return disk.share.state if bad and disk.share is not None else disk.state
 
 
 def _size(disk: Disk) -> str:

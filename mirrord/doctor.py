@@ -18,7 +18,7 @@ import msgspec
 
 from mirrord import display
 from mirrord.control.client import Client
-from mirrord.control.messages import Service
+from mirrord.control.messages import Disk, Service
 from mirrord.errors import MirrordError, NoDaemonError, RefusedError, UsageError
 from mirrord.service import checks, host_checks, record_checks, storage_checks
 from mirrord.service.checks import Check
@@ -86,7 +86,7 @@ def diagnose(
         host_checks.check_clock(),
         host_checks.check_systemd(),
         read,
-        daemon,
+        *daemon,
         checks.check_state(directories.state, mounts),
         *record_checks.check_records(directories, known),
         *storage_checks.check_folders({*folders, *_state_folder(directories)}, mounts, known.disks),
@@ -119,23 +119,35 @@ def _state_folder(directories: Directories) -> list[Path]:
     return [directories.state]
 
 
-def check_daemon(config: Config, socket: Path | None) -> tuple[Check, Service | None]:
-    """Look whether a daemon answers where a client would look for it, and what it says."""
+def check_daemon(config: Config, socket: Path | None) -> tuple[list[Check], Service | None]:
+    """Look whether a daemon answers where a client would look for it, and what it says of disks."""
     runtime = Path(config.runtime_dir or default_runtime_dir())
     address = (socket or Path(config.socket or runtime / "control.sock")).absolute()
     try:
         with contextlib.closing(Client(address, deadline_s=ANSWER_S)) as client:
-            served, service = len(client.disks()), client.service()
+            served, service = client.disks(), client.service()
     except NoDaemonError:
         start = "start one: systemctl start mirrord, or mirrord daemon"
-        return Check("daemon", "advice", f"no daemon answers at {address}", start), None
+        return [Check("daemon", "advice", f"no daemon answers at {address}", start)], None
     except RefusedError as error:
-        return Check("daemon", "advice", str(error), "it runs; ask as a user who may"), None
+        return [Check("daemon", "advice", str(error), "it runs; ask as a user who may")], None
     except MirrordError as error:
         advice = "look at its log: journalctl -u mirrord"
-        return Check("daemon", "problem", str(error), advice), None
-    disks = "1 disk" if served == 1 else f"{served} disks"
-    return Check("daemon", "ok", f"the daemon at {address} serves {disks}"), service
+        return [Check("daemon", "problem", str(error), advice)], None
+    disks = "1 disk" if len(served) == 1 else f"{len(served)} disks"
+    found = [Check("daemon", "ok", f"the daemon at {address} serves {disks}")]
+    return found + [check for disk in served for check in _trouble(disk)], service
+
+
+def _trouble(disk: Disk) -> list[Check]:
+    """Return what is wrong with a disk, as the daemon knows it."""
+    away = disk.share is not None and disk.share.state != "connected"
+    if disk.state == "serving" and disk.reason is None and not away:
+        return []
+    why = disk.reason or (disk.share.reason if disk.share is not None else None)
+    state = disk.state if disk.state != "serving" or disk.share is None else disk.share.state
+    text = f"{state}: {why}" if why else state
+    return [Check(f"disk {disk.name}", "problem", text, f"see 'mirrord show {disk.name}'")]
 
 
 def describe(found: Diagnosis, columns: int | None = None) -> str:

@@ -20,6 +20,7 @@ from mirrord.service import checks
 from mirrord.service.checks import Check
 from tests.cli.running import run
 from tests.daemon import Daemon
+from tests.helpers import eventually
 
 SECRET = "Tr0ub4dor&3"
 MOUNTS = "22 1 254:0 / / rw - ext4 /dev/vda1 rw\n"
@@ -118,6 +119,21 @@ def test_the_daemon_answers(daemon: Daemon, tmp_path: Path) -> None:
     assert done.returncode == 1, "for a place that isn't there"
     assert sorted(daemon.root.rglob("*")) == before
     assert sorted(os.listdir(tmp_path)) == ["mirrord.toml", "vm.raw"], "nothing was changed"
+
+
+def test_a_disk_that_is_in_trouble(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.expect_log("restarting disk process", "disk refused")
+    for name in ("well", "lost"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+        daemon.attach(name, tmp_path / name)
+    (tmp_path / "lost").unlink()
+    daemon.kill_disk("lost")
+    eventually(lambda: daemon.json("show", "lost")["state"] == "refused", what="it is refused")
+    done = daemon.run("doctor", "--config", "/dev/null")
+    told = [line for line in done.stdout.splitlines() if re.match(r"\w+ +disk ", line)]
+    assert len(told) == 1, done.stdout
+    assert re.match(r"problem +disk lost +refused: .*see 'mirrord show lost'", told[0])
+    assert done.returncode == 1
 
 
 def test_the_daemon_knows_its_directories_best(daemon: Daemon, tmp_path: Path) -> None:

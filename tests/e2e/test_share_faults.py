@@ -7,6 +7,7 @@ end each block holds its last write.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,8 @@ def test_a_disk_with_unflushed_writes_is_not_let_go_while_its_server_is_away(sta
         done = daemon.run(*words, "--json")
         assert done.returncode == 4
         assert "not-flushed" in done.stderr
+    assert re.search(r"^problem +disk vm +away: ", daemon.run("doctor").stdout, re.M)
+    assert re.search(r"^vm +away ", daemon.run("ls").stdout, re.M)
     samba.start(rebooted=True)
     eventually(
         lambda: daemon.json("show", "vm")["share"]["state"] == "connected", 30, what="it is back"
