@@ -33,9 +33,9 @@ class JobRequest:
         return replace(self, **known)
 
     def left_over(self, location: str, error: Exception) -> str:
-        """Say what stays of a target that can't be deleted: its name was never its own."""
+        """Say what stays of a target that can't be deleted, and is no disk."""
         part = f".{location.rpartition('/')[2]}.mirrord-{self.job_id}.part"
-        return f"the target {location} is left over, as {part} ({error})"
+        return f"the target {location} is left over, as {part} or as itself ({error}): don't use it"
 
 
 @dataclass(frozen=True, slots=True)

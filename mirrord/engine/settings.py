@@ -44,8 +44,9 @@ class EngineSettings:
     # The same for a flush, which may have a checkpoint's worth to write to a slow disk.
     flush_stall_s: float = 60.0
     # After a crash the guest waits so long for a move's target to be found, and for its removal:
-    # then the move is given up and the source served.
-    find_s: float = 6.0
+    # then the move is given up and the source served. A slow disk has a checkpoint's worth to write
+    # first; what is remote has less patience of its own.
+    find_s: float = 60.0
     discard_s: float = 2.0
     # The gate reopens after this long without a commit (section 4 of the protocol).
     gate_s: float = 5.0

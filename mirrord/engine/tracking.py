@@ -49,6 +49,7 @@ from mirrord.storage.backend import Backend, UnreachableError, Watch
 
 T = TypeVar("T")
 
+RUNS_MAX = 1024  # of one mirrored write: 0.4 ms; a trim of 4 GiB may have a million
 EXTENTS_MAX = 1024  # of one answer about dirty extents: about 2 ms of work
 
 
@@ -363,7 +364,9 @@ class WriteTracker:
             self.digests.forget(start, length)
             # What was equal stays so, block by block: else the dirt of one would spread.
             known = mirror.settled and self._mirror is mirror
-            runs = self.bitmap.runs(start, length) if known else [(start, length, True)]
+            runs = self.bitmap.runs(start, length, RUNS_MAX) if known else []
+            if not runs or runs[-1][0] + runs[-1][1] < start + length:
+                runs = [(start, length, True)]
             for at, count, dirty in runs:
                 (self.bitmap.mark if dirty else self.bitmap.hold)(at, count)
             try:

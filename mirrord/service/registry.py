@@ -55,6 +55,7 @@ DETACH_FORCED_S = 15.0  # a process that hangs is ended then
 # How long a starting daemon waits for its disks before it says that it is ready.
 LOAD_DEADLINE_S = 10.0
 # What a process that keeps dying or hangs makes a call end with.
+LOST_LOOK_S = 3.0  # for what lies under a name: the process itself looks for two
 NOT_ANSWERING = ("disk-not-serving", "disk-stuck", "disk-restarted")
 
 
@@ -395,8 +396,10 @@ class Registry:
         if process is None or status is None:
             return None
         if status.share is not None:
-            with contextlib.suppress(RefusedError):  # of an older version, or not serving
-                there = await process.call("has_its_name", bool)
+            # It may be of an older version, or stuck: then it isn't known.
+            with contextlib.suppress(RefusedError, TimeoutError):
+                async with asyncio.timeout(LOST_LOOK_S):
+                    there = await process.call("has_its_name", bool)
                 return None if there else status.location
         if status.opened is None:
             return None

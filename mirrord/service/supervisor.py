@@ -250,7 +250,8 @@ class DiskProcess:
             raise RefusedError(
                 "not-flushed",
                 f"what was written to disk {self.name} can't be made durable "
-                f"({share.reason or share.state}): wait until that is well",
+                f"({share.reason or share.state}): wait until that is well, or give that up with "
+                "'mirrord detach --force'",
             )
 
     # The owner task.

@@ -215,9 +215,9 @@ async def repeat(file: RemoteFile, kept: Iterable[Change], flying: Sequence[Chan
     """
     for change in flying:
         change.sent = True
-    asked = -1
-    while asked != sum(change.again for change in flying):
-        asked = sum(change.again for change in flying)
+    asked = -1  # a request that times out meanwhile is no longer among the flying, but kept
+    while asked != (now := sum(change.again for change in {*kept, *flying})):
+        asked = now
         parts = iter(latest((*kept, *flying)))  # disjoint, so in any order
         workers = (_repeat_some(file, parts) for _ in range(REPEATED_AT_ONCE))
         for end in await asyncio.gather(*workers, return_exceptions=True):

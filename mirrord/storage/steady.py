@@ -269,7 +269,7 @@ class SteadyBackend(Backend):
             await self._carry_out(change)
         except BaseException as error:
             # It may be there in part, now or as soon as somebody reads: not to be forgotten.
-            change.again = not isinstance(error, OSError) or isinstance(error, UnreachableError)
+            change.again &= not isinstance(error, OSError) or isinstance(error, UnreachableError)
             if change.sent and not change.landed:
                 self._kept.add(change)
             raise

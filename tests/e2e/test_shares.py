@@ -7,7 +7,10 @@ disk process, export, and a server that is a real one.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +188,20 @@ def test_the_only_copy_is_not_let_go(site: Site, replaced: bool) -> None:
     assert site.samba.file(f"saved-{replaced}.raw").read_bytes() == content
     assert site.daemon.json("show", "vm")["reason"] is None
     site.daemon.json("detach", "vm")
+
+
+def test_show_of_a_stuck_disk_is_quick(site: Site) -> None:
+    site.daemon.expect_log("no answer", "stuck", "hangs")
+    site.samba.put("stuck.raw", b"x" * MIB)
+    site.daemon.attach("vm", site.samba.url("stuck.raw"))
+    pid = site.daemon.disk_pid("vm")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began_s = time.monotonic()
+        site.daemon.json("show", "vm")
+        assert time.monotonic() - began_s < 15
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_what_show_says_about_a_share(site: Site) -> None:

@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
+from mirrord.engine import tracking
 from tests.engine.crashes import UNIT, CrashBench
+from tests.engine.faults import FOR_EVER
 from tests.engine.rules import NEW, PATIENT, turns
 
 
@@ -47,4 +49,37 @@ async def test_a_waiting_guest_that_is_gone_leaves_the_others(bench: CrashBench,
     del waiting[gone]
     await asyncio.gather(*waiting)
     assert intents.marked(0, 1)
+    await bench.assert_moved(await bench.cut_over())
+
+
+async def test_a_trim_over_very_many_runs_is_looked_at_as_one(bench: CrashBench) -> None:
+    """A million runs would stop the loop for half a second; what was equal is copied again."""
+    bench.settings = PATIENT
+    await bench.hold_mirroring()
+    tracker = bench.tracker
+    held = bench.at_target.hang("write", times=FOR_EVER)  # so that the copier clears nothing
+    unit = tracker.bitmap.granularity
+    for number in range(0, 6, 2):
+        tracker.bitmap.mark(number * unit, unit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "RUNS_MAX", 4)
+        await bench.disk.trim(0, 6 * unit)
+    bench.expected[: 6 * unit] = bytes(6 * unit)
+    assert [run[2] for run in tracker.bitmap.runs(0, 6 * unit)] == [True]
+    held.release()
+    await bench.assert_moved(await bench.cut_over())
+
+
+async def test_what_was_equal_stays_equal_beside_what_was_not(bench: CrashBench) -> None:
+    bench.settings = PATIENT
+    await bench.hold_mirroring()
+    tracker = bench.tracker
+    held = bench.at_target.hang("write", within=range(1), times=FOR_EVER)
+    unit = tracker.bitmap.granularity
+    tracker.bitmap.mark(unit, unit)
+    await bench.disk.trim(0, 3 * unit)
+    bench.expected[: 3 * unit] = bytes(3 * unit)
+    dirty = [run[2] for run in tracker.bitmap.runs(0, 3 * unit)]
+    assert dirty == [False, True, False]
+    held.release()
     await bench.assert_moved(await bench.cut_over())

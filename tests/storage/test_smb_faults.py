@@ -251,7 +251,7 @@ class TestAuthority:
         await backend.flush()
         assert allocated_bytes(healthy.file("disk.raw")) <= 64 * KIB, "it is not sparse any more"
         await backend.close()
-        assert client.server._users == 0
+        assert client.server.users == 0
 
 
 class TestUnreachable:

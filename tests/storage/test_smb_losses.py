@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,7 @@ from mirrord.errors import ProtocolError, RefusedError
 from mirrord.smb import wire
 from mirrord.storage.backend import Cache
 from mirrord.storage.memory import open_memory
+from mirrord.storage.smb import control
 from tests.helpers import eventually_async
 from tests.samba import Samba
 from tests.shares import leftovers
@@ -124,3 +128,62 @@ async def test_an_answer_that_is_sealed_well_and_makes_no_sense(
     assert seen > 1
     assert bytes(await backend.read(0, 5)) == b"there"
     assert backend.facts()["state"] == "connected"
+
+
+async def test_a_target_that_may_not_be_opened_is_not_the_sources_trouble(
+    make_samba: Callable[..., Samba],
+    make_client: MakeClient,
+    expect_log: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    """Both are files of one session, on two shares; the rights of one are taken away."""
+    expect_log("connection lost", "connected again")
+    tmp_path.chmod(0o755)  # noqa: ASYNC240
+    shares = {name: tmp_path / name for name in ("disks", "other")}
+    for folder in shares.values():
+        folder.mkdir()
+    server = make_samba(shares=shares)
+    server.put("disk.raw", pattern(MIB))
+    client = make_client(server, line=QUICK)
+    source = await client.open(authoritative=True)
+    place, memory = client.place("target.raw", "other"), open_memory(MIB)
+    target = client.mine(await place.create(JOB, memory, cache=Cache.WRITEBACK))
+    server.reconfigure(share_lines={"other": ["read only = yes"]})
+    server.kill_child()
+    await eventually_async(lambda: "ACCESS_DENIED" in str(target.reason), DEADLINE_S, "refused")
+    await source.write(0, b"well")
+    life, refusals = source._tie.life, 0
+    while refusals < 3:
+        target._tie.reason = None
+        await eventually_async(lambda: "ACCESS_DENIED" in str(target.reason), DEADLINE_S, "again")
+        await source.write(0, b"well")
+        refusals += 1
+    assert source._tie.life == life
+
+
+async def test_a_look_that_is_given_up_leaves_nothing_open(
+    server: Samba, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client(server, line=QUICK)
+    backend = await client.open(authoritative=True)
+    real, entered, going_on = control.open_handle, threading.Event(), threading.Event()
+
+    def slow(*args: Any, **keys: Any) -> Any:
+        entered.set()
+        assert going_on.wait(DEADLINE_S)
+        return real(*args, **keys)
+
+    monkeypatch.setattr(control, "open_handle", slow)
+    looking = asyncio.create_task(backend.has_its_name())
+    await asyncio.to_thread(entered.wait, DEADLINE_S)
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+    users = client.server.users
+    going_on.set()
+    await eventually_async(lambda: client.server.users == users - 1, what="the look has ended")
+    monkeypatch.setattr(control, "open_handle", real)
+    identity, place = backend.identity, client.place("disk.raw")
+    await backend.close()
+    assert await place.retire(JOB, identity) is None
+    await place.delete_retired(JOB, identity)
+    assert list(server.folder().iterdir()) == []

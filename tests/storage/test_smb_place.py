@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mirrord.core.geometry import MIB, TIB
+from mirrord.core.geometry import MIB, TIB, Status
 from mirrord.storage.backend import Backend, Cache
 from mirrord.storage.memory import open_memory
 from mirrord.storage.smb import control
@@ -290,11 +290,16 @@ class TestTarget:
         """Samba hides names with a dot, and remembers that of the file."""
         place, target = await self.create(folder, source)
         await place.publish(JOB)
+        await target.write(0, b"x" * 4096)  # Samba then looks at the attributes once more
         await target.close()
         told = smbclient(samba, f"allinfo {folder.name}/target.raw")
         assert "attributes: " in told
         assert "H" not in told.partition("attributes: ")[2].partition(" (")[0]
-        assert target.capabilities.punches_holes
+        reader = await folder.place("target.raw").open(read_only=True)
+        assert target.identity.is_still(reader.identity)
+        extents = await reader.extents(0, SIZE)
+        assert [extent.status for extent in extents] == [Status.DATA, Status.HOLE]
+        await reader.close()
 
     async def test_publish_replaces_nothing(self, folder: Folder, source: Backend) -> None:
         place, target = await self.create(folder, source)

@@ -66,6 +66,35 @@ async def test_a_refused_write_takes_no_acknowledged_one_with_it(server: Server)
     await backend.close()
 
 
+async def test_a_refused_write_whose_request_gave_up_takes_none_with_it(server: Server) -> None:
+    """The same, but C's request times out before the server is back: C is kept by then."""
+    gate = asyncio.Event()
+
+    class Picky(File):
+        async def write(self, offset: int, data: Buffer, **how: bool) -> None:
+            if len(data) > BLOCK:
+                raise OSError(errno.EDQUOT, "quota")
+            await super().write(offset, data)
+
+    async def reopen(former: RemoteFile) -> RemoteFile:
+        await gate.wait()
+        return Picky(server)
+
+    backend = await served(server, reopen, io_timeout_s=0.2)
+    await backend.write(UPPER, b"B" * BLOCK)
+    server.hanging = asyncio.get_running_loop().create_future()
+    newer = asyncio.ensure_future(backend.write(UPPER, b"C" * 4 * BLOCK))
+    await eventually_async(lambda: server.asked == 2, what="the newer one is in flight")
+    server.content[UPPER : UPPER + BLOCK] = bytes(BLOCK)
+    server.file.die()
+    with pytest.raises(OSError, match="in time"):
+        await newer
+    gate.set()
+    await until_back(backend)
+    assert bytes(await backend.read(UPPER, BLOCK)) == b"B" * BLOCK
+    await backend.close()
+
+
 async def test_what_a_replay_repeated_is_kept_when_its_request_gives_up(server: Server) -> None:
     """Its own request never sent it; a replay that did not end wrote it: it may be there."""
     opened: list[File] = []

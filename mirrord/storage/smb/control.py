@@ -239,15 +239,21 @@ def set_size(tree: Any, handle: Handle, size: int) -> None:
     _set(tree, handle, information)
 
 
-def unhide(tree: Any, handle: Handle) -> None:
+def unhide(tree: Any, handle: Handle, *, sparse: bool) -> None:
     """Say that the file is none to be hidden: Samba hides what is made under a name with a dot,
-    also when it has another name later (`hide dot files`)."""
+    also when it has another name later (`hide dot files`).
+
+    It then forgets that the file is sparse; and once more with the next write, if that isn't an
+    archived file already.
+    """
     information = FileBasicInformation()
-    information["file_attributes"] = FileAttributes.FILE_ATTRIBUTE_NORMAL
+    information["file_attributes"] = FileAttributes.FILE_ATTRIBUTE_ARCHIVE
     try:
         _set(tree, handle, information)
     except SMBResponseException as error:
         log.info("not unhidden error=%s", error)
+    if sparse:
+        make_sparse(tree, handle)
 
 
 def _set(tree: Any, handle: Handle, information: Any) -> None:

@@ -50,6 +50,9 @@ class ShareDoor(Door):
             self._server.release()
 
     async def is_there(self, former: RemoteFile) -> bool:
+        return await to_the_end(self._is_there(former))
+
+    async def _is_there(self, former: RemoteFile) -> bool:
         self._server.use()
         try:
             session = await self._server.session()
@@ -63,7 +66,8 @@ class ShareDoor(Door):
 
     async def _reopen(self, former: RemoteFile) -> RemoteFile:
         session = await self._server.session()
-        if cast(File, former).session is session:  # only our handle is of no use any more
+        its = cast(File, former).session
+        if its is session or its.lost is not None:  # the handle is of no use any more
             await former.close()
         tree = await session.tree(self._share)
         desk = Desk(session, tree)
@@ -85,7 +89,7 @@ class ShareDoor(Door):
                 raise LostError(why) from error
             except OSError as error:
                 why = f"{self.where}: {error.strerror}"
-                if error.errno == errno.EACCES:
+                if error.errno == errno.EACCES and self._server.users == 1:  # which is us
                     session.abandon(why)  # Samba asks once a connection who may do what
                 if error.errno != errno.ENOENT:
                     # Locked: the server has not noticed yet that the old connection is gone.

@@ -316,7 +316,7 @@ class ShareFile(RemoteFile):
         output = await self._ioctl(
             wire.SRV_COPYCHUNK_WRITE, given, "copy", room=12, copying_bytes=length
         )
-        if self._parsed(wire.parse_copied, output)[2] != length:
+        if self._copy_parsed(wire.parse_copied, output)[2] != length:
             raise OSError(EIO, "the server copied less than it was asked to")
 
     async def _resume_key(self, source: ShareFile) -> bytes:
@@ -324,7 +324,7 @@ class ShareFile(RemoteFile):
         if file_id not in self._resume_keys:
             self._resume_keys.clear()
             output = await source._ioctl(wire.REQUEST_RESUME_KEY, b"", "resume key", room=32)
-            self._resume_keys[file_id] = self._parsed(wire.parse_resume_key, output)
+            self._resume_keys[file_id] = self._copy_parsed(wire.parse_resume_key, output)
         return self._resume_keys[file_id]
 
     # The end.
@@ -369,6 +369,13 @@ class ShareFile(RemoteFile):
             raise self._failure(reply, doing)
         self._granted.add(doing)
         return self._parsed(wire.ioctl_reply, reply.message, room)
+
+    def _copy_parsed(self, parse: Callable[..., T], output: bytes) -> T:
+        """The same for copies inside the server, without which a move can do."""
+        try:
+            return parse(output)
+        except ProtocolError as error:
+            raise OSError(EIO, str(error)) from error
 
     def _parsed(self, parse: Callable[..., T], *args: Any) -> T:
         """Understand an answer; one that breaks the protocol ends the session."""

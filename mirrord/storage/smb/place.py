@@ -365,7 +365,10 @@ class SharePlace(Place):
                 door.paths = [new, old]
                 # by the session that the handle is of
                 await file.session.control(control.rename, file.tree.share, file.handle, new)
-                await file.session.control(control.unhide, file.tree.share, file.handle)
+                sparse = target.capabilities.punches_holes
+                await file.session.control(
+                    control.unhide, file.tree.share, file.handle, sparse=sparse
+                )
             door.paths = [new]
             await desk.flush_folder(self._at.folder)
 

@@ -48,7 +48,7 @@ class ShareServer:
         self._session: ShareSession | PlainSession | None = None
         self._previous = self._sequence = 0
         self._connecting: asyncio.Task[ShareSession | PlainSession] | None = None
-        self._users = 0
+        self.users = 0  # open files, and work on names
         self._ending: asyncio.Task[None] | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._tried: Hashable = None  # the credential of the last attempt
@@ -93,11 +93,14 @@ class ShareServer:
             attempt.exception()  # told to whoever waited, if anybody did
 
     async def patiently(self, patience_s: float = PATIENCE_S) -> ShareSession | PlainSession:
-        """Return a session, trying for a while. Raises LostError, DeniedError."""
+        """Return a session, trying for a while, or once. Raises LostError, DeniedError."""
         until_s = asyncio.get_running_loop().time() + patience_s
         while True:
             try:
-                return await self.session()
+                async with asyncio.timeout_at(until_s if patience_s else None):
+                    return await self.session()
+            except TimeoutError as error:
+                raise LostError(f"{self.name} does not answer") from error
             except LostError:
                 if asyncio.get_running_loop().time() >= until_s:
                     raise
@@ -105,15 +108,15 @@ class ShareServer:
 
     def use(self) -> None:
         """One user more: an open file, or work on names."""
-        self._users += 1
+        self.users += 1
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
 
     def release(self) -> None:
         """One user less; the session ends a while after the last."""
-        self._users -= 1
-        if not self._users and self._idle is None:
+        self.users -= 1
+        if not self.users and self._idle is None:
             loop = asyncio.get_running_loop()
             self._idle = loop.call_later(IDLE_S, self._end)
 
