@@ -46,7 +46,7 @@ class EngineSettings:
     # After a crash the guest waits so long for a move's target to be found, and for its removal:
     # then the move is given up and the source served. A slow disk has a checkpoint's worth to write
     # first; what is remote has less patience of its own.
-    find_s: float = 60.0
+    find_s: float = 20.0
     discard_s: float = 2.0
     # The gate reopens after this long without a commit (section 4 of the protocol).
     gate_s: float = 5.0

@@ -263,9 +263,9 @@ class SteadyBackend(Backend):
         number, self._next = self._next, self._next + 1
         self._flying[number] = change
         try:
+            self._samples.forget(change.offset, change.length)  # now: a replay may land it
             if self._kept.bytes + change.cost > self.settings.unflushed_bytes_max:
                 await self._relieve()
-            self._samples.forget(change.offset, change.length)
             await self._carry_out(change)
         except BaseException as error:
             # It may be there in part, now or as soon as somebody reads: not to be forgotten.

@@ -15,7 +15,7 @@ from mirrord.errors import ProtocolError, RefusedError
 from mirrord.smb import wire
 from mirrord.storage.backend import Cache
 from mirrord.storage.memory import open_memory
-from mirrord.storage.smb import control
+from mirrord.storage.smb import control, door
 from tests.helpers import eventually_async
 from tests.samba import Samba
 from tests.shares import leftovers
@@ -159,6 +159,12 @@ async def test_a_target_that_may_not_be_opened_is_not_the_sources_trouble(
         await source.write(0, b"well")
         refusals += 1
     assert source._tie.life == life
+    trees = len((await client.session())._session.tree_connect_table)
+    assert trees == 2, "those made for an attempt are left again"
+
+    server.reconfigure(share_lines={"other": ["read only = no"]})
+    await eventually_async(lambda: target.facts()["state"] == "connected", DEADLINE_S, "it is back")
+    assert source._tie.life == life
 
 
 async def test_a_look_that_is_given_up_leaves_nothing_open(
@@ -187,3 +193,40 @@ async def test_a_look_that_is_given_up_leaves_nothing_open(
     assert await place.retire(JOB, identity) is None
     await place.delete_retired(JOB, identity)
     assert list(server.folder().iterdir()) == []
+
+
+async def test_an_open_that_hangs_is_not_the_sources_trouble(
+    server: Samba,
+    make_client: MakeClient,
+    expect_log: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another client has to give something back first, say; the source's session is well."""
+    expect_log("connection lost", "connected again")
+    client = make_client(server, line=QUICK)
+    source = await client.open(authoritative=True)
+    place, memory = client.place("target.raw"), open_memory(MIB)
+    target = client.mine(await place.create(JOB, memory, cache=Cache.WRITEBACK))
+    real, tries = door.open_file, 0
+
+    async def slow(served: Any, desk: Any, path: str, **keys: Any) -> Any:
+        nonlocal tries
+        if path != "disk.raw":
+            tries += 1
+            await asyncio.Event().wait()
+        return await real(served, desk, path, **keys)
+
+    async def not_kept(self: door.ShareDoor, *args: Any) -> None:
+        return None
+
+    monkeypatch.setattr(door, "OPEN_S", 0.1)
+    monkeypatch.setattr(door, "open_file", slow)
+    monkeypatch.setattr(door.ShareDoor, "_take_over", not_kept)
+    server.kill_child()
+    await until_away(target)
+    await source.write(0, b"well")
+    life, before = source._tie.life, tries
+    await eventually_async(lambda: tries > before + 2, DEADLINE_S, "some attempts")
+    await source.write(0, b"well")
+    assert source._tie.life == life
+    assert "takes longer than" in str(target.reason)

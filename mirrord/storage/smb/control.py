@@ -203,6 +203,11 @@ def _ask(tree: Any, message: Any) -> Any:
     return connection.receive(request)
 
 
+def disconnect(tree: Any) -> None:
+    """Leave the share, by a tree of which nothing is open."""
+    tree.disconnect()
+
+
 def close(tree: Any, handle: Handle) -> None:
     """Close a handle; one that asked for it deletes its file by this."""
     message = SMB2CloseRequest()

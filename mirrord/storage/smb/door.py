@@ -33,6 +33,7 @@ class ShareDoor(Door):
     def __init__(self, server: ShareServer, at: ShareLocation, read_only: bool) -> None:
         self.where = server.name
         self.paths: list[str] = []  # where it may be, when it was being renamed
+        self._refused = False  # by the rights, at the last attempt
         self._server = server
         self._share = at.share
         self._read_only = read_only
@@ -41,13 +42,9 @@ class ShareDoor(Door):
         return self._server.changed()
 
     async def reopen(self, former: RemoteFile) -> RemoteFile:
-        self._server.use()
-        try:
-            file = await to_the_end(self._reopen(former), RemoteFile.close)
-            await former.close()
-            return file
-        finally:
-            self._server.release()
+        file = await to_the_end(self._reopen(former), RemoteFile.close)
+        await former.close()
+        return file
 
     async def is_there(self, former: RemoteFile) -> bool:
         return await to_the_end(self._is_there(former))
@@ -65,11 +62,19 @@ class ShareDoor(Door):
             self._server.release()
 
     async def _reopen(self, former: RemoteFile) -> RemoteFile:
+        self._server.use()
+        try:
+            return await self._open_again(former)
+        finally:
+            self._server.release()
+
+    async def _open_again(self, former: RemoteFile) -> RemoteFile:
         session = await self._server.session()
         its = cast(File, former).session
         if its is session or its.lost is not None:  # the handle is of no use any more
             await former.close()
-        tree = await session.tree(self._share)
+        anew, self._refused = self._refused, False
+        tree = await session.tree(self._share, anew=anew)
         desk = Desk(session, tree)
         paths = self.paths or [former.path]
         for path in paths:
@@ -85,12 +90,15 @@ class ShareDoor(Door):
                 raise
             except TimeoutError as error:
                 why = f"{self.where}: opening {path} takes longer than {OPEN_S:g} s"
-                session.abandon(why)
+                if self._server.users == 1:  # which is us
+                    session.abandon(why)
                 raise LostError(why) from error
             except OSError as error:
                 why = f"{self.where}: {error.strerror}"
-                if error.errno == errno.EACCES and self._server.users == 1:  # which is us
-                    session.abandon(why)  # Samba asks once a connection who may do what
+                if anew:
+                    await desk.ask(control.disconnect)
+                # Samba looks once a tree who may do what: the next time in one of our own.
+                self._refused = error.errno == errno.EACCES
                 if error.errno != errno.ENOENT:
                     # Locked: the server has not noticed yet that the old connection is gone.
                     raise LostError(why) from error

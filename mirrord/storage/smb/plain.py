@@ -101,13 +101,13 @@ class PlainSession:
                     raise self.lost from error
                 raise found from error
 
-    async def tree(self, share: str) -> Tree:
+    async def tree(self, share: str, *, anew: bool = False) -> Tree:
         """As `ShareSession.tree`."""
         async with self._planting:
-            return await self._tree(share)
+            return await self._tree(share, anew)
 
-    async def _tree(self, share: str) -> Tree:
-        found = self._trees.get(share.casefold())
+    async def _tree(self, share: str, anew: bool) -> Tree:
+        found = None if anew else self._trees.get(share.casefold())
         if found is None:
             made = TreeConnect(self._session, rf"\\{self._connection.server_name}\{share}")
             try:
@@ -117,7 +117,8 @@ class PlainSession:
                 if isinstance(cause, SMBResponseException):
                     raise told(cause, Step(self.server, "the share", share)) from cause
                 raise
-            found = self._trees[share.casefold()] = Tree(made.tree_connect_id, made)
+            found = Tree(made.tree_connect_id, made)
+            self._trees |= {} if anew else {share.casefold(): found}
         return found
 
     def file(

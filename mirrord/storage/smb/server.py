@@ -95,13 +95,16 @@ class ShareServer:
     async def patiently(self, patience_s: float = PATIENCE_S) -> ShareSession | PlainSession:
         """Return a session, trying for a while, or once. Raises LostError, DeniedError."""
         until_s = asyncio.get_running_loop().time() + patience_s
+        why = f"{self.name} does not answer"
         while True:
+            limit = asyncio.timeout_at(until_s if patience_s else None)
             try:
-                async with asyncio.timeout_at(until_s if patience_s else None):
+                async with limit:
                     return await self.session()
             except TimeoutError as error:
-                raise LostError(f"{self.name} does not answer") from error
-            except LostError:
+                raise LostError(why if limit.expired() else str(error)) from error
+            except LostError as error:
+                why = error.strerror or why
                 if asyncio.get_running_loop().time() >= until_s:
                     raise
             await asyncio.sleep(RETRY_S)

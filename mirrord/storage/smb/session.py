@@ -194,13 +194,13 @@ class ShareSession:
                     self.abandon(found.strerror or doing)  # the server doesn't know us any more
                 raise found from error
 
-    async def tree(self, share: str) -> Tree:
-        """Connect to a share, once. Raises DeniedError (`share-missing`, `share-denied`)."""
+    async def tree(self, share: str, *, anew: bool = False) -> Tree:
+        """Connect to a share, once, or `anew` for the caller alone. Raises DeniedError."""
         async with self._planting:  # or two who ask at once have a tree each, and files on both
-            return await self._tree(share)
+            return await self._tree(share, anew)
 
-    async def _tree(self, share: str) -> Tree:
-        found = self._trees.get(share.casefold())
+    async def _tree(self, share: str, anew: bool) -> Tree:
+        found = None if anew else self._trees.get(share.casefold())
         if found is None:
             path = rf"\\{self._seats[0].connection.server_name}\{share}" if self._seats else share
             made = TreeConnect(self._session if self._seats else None, path)
@@ -217,7 +217,8 @@ class ShareSession:
                 if cause is not None and not isinstance(error, LostError):
                     raise told(cause, Step(self.server, "the share", share)) from cause
                 raise
-            found = self._trees[share.casefold()] = Tree(made.tree_connect_id, made)
+            found = Tree(made.tree_connect_id, made)
+            self._trees |= {} if anew else {share.casefold(): found}
         return found
 
     # Lines.
