@@ -189,3 +189,38 @@ async def test_a_defect_does_not_end_the_attempts(
     assert bytes(await backend.read(0, BLOCK)) == bytes(BLOCK)
     assert tries == 2
     await backend.close()
+
+
+async def test_a_write_that_landed_while_it_waited_for_room_leaves_no_sample(
+    server: Server, expect_log: Callable[..., None]
+) -> None:
+    """Its own end is an error, of an earlier flush; what is there now is its content."""
+    expect_log("flush not possible", "storage failed")
+    opened: list[File] = []
+
+    class Breaking(File):
+        flushes = 0
+
+        async def flush(self) -> None:
+            self.flushes += 1
+            if self.flushes > 1 and len(opened) == 1:
+                raise OSError(errno.EIO, "the disk broke")
+
+    async def reopen(former: RemoteFile) -> RemoteFile:
+        opened.append(Breaking(server))
+        return opened[-1]
+
+    settings = SteadySettings(io_timeout_s=5, unflushed_bytes_max=3 * BLOCK)
+    backend = SteadyBackend(File(server), Ways(server, reopen), settings)
+    backend.authoritative = True
+    await eventually_async(lambda: len(backend._samples.all()) == 2, what="both ends are known")
+    await backend.write(UPPER, b"A" * BLOCK)
+    await backend.write(UPPER + BLOCK, b"A" * BLOCK)
+    server.file.die()
+    with pytest.raises(OSError, match="flush failed"):
+        await backend.write(0, b"W" * BLOCK)
+    assert bytes(server.content[:BLOCK]) == b"W" * BLOCK
+    opened[-1].die()
+    await until_back(backend)
+    assert backend.facts()["state"] == "connected", backend.reason
+    await backend.close()
