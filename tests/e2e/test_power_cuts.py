@@ -33,8 +33,11 @@ from tests.forked import Forked
 from tests.helpers import eventually
 from tests.nbd_writer import BLOCK_BYTES, FLUSH, FUA, WRITE, Client, Request, Writer, content
 from tests.one_process import attach
-from tests.power import SECTOR_BYTES, LoggedDisk, Position, log_position, require_logged_disks
+from tests.power import LoggedDisk, Position, log_position, require_logged_disks
 
+# The unit of `content`. A cut may tear a sector, too: the kernel lets a page be written to while it
+# is on its way to the device, and the log has what the device was given.
+STAMP_BYTES = 16
 CUTS = int(os.environ.get("MIRRORD_CUTS", "30"))
 SEED = int(os.environ.get("MIRRORD_CUT_SEED", "1"))
 SIZE_BYTES = 5 * MIB + 512  # the last region and the last block are short
@@ -116,11 +119,11 @@ class Guest(Writer):
                 versions.add(before[start : start + BLOCK_BYTES])
             if found[start : start + BLOCK_BYTES] in versions:
                 continue
-            for at in range(0, BLOCK_BYTES, SECTOR_BYTES):
-                sector = found[start + at : start + at + SECTOR_BYTES]
-                assert sector in {version[at : at + SECTOR_BYTES] for version in versions}, (
-                    f"block {block}, sector {at // SECTOR_BYTES}: found {sector[:16]!r}, promised "
-                    f"write {first}, written since: {[r.cookie for r in may]}"
+            for at in range(0, BLOCK_BYTES, STAMP_BYTES):
+                stamp = found[start + at : start + at + STAMP_BYTES]
+                assert stamp in {version[at : at + STAMP_BYTES] for version in versions}, (
+                    f"block {block}, byte {at}: found {stamp!r}, promised write {first}, "
+                    f"written since: {[r.cookie for r in may]}"
                 )
 
 
