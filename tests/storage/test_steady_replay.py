@@ -1,4 +1,4 @@
-"""What is repeated when a disk on a share is open again: a helper's review found each of these."""
+"""What is repeated when a disk on a share is open again: a review found each of these."""
 
 from __future__ import annotations
 
