@@ -93,7 +93,7 @@ def had_memory(size: int) -> mmap.mmap:
     """Return memory to be closed just before as much is used, so that the machine has that much.
 
     A host takes back what a virtual machine leaves free for some seconds, and finding it anew
-    takes longer than copying into it: of 2 GiB 3.4 s, beside 0.9.
+    takes longer than copying into it: a copy of 2 GiB took 3.8 to 5.5 s, and 0.9 when it was there.
     """
     return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
 

@@ -230,3 +230,31 @@ async def test_an_open_that_hangs_is_not_the_sources_trouble(
     await source.write(0, b"well")
     assert source._tie.life == life
     assert "takes longer than" in str(target.reason)
+
+
+async def test_a_file_is_looked_for_under_both_names_by_a_tree_of_its_own(
+    server: Samba,
+    make_client: MakeClient,
+    expect_log: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was refused, and was being renamed: the name that isn't there doesn't end the attempt."""
+    expect_log("connection lost", "connected again")
+    backend = await make_client(server, line=QUICK).open(authoritative=True)
+    entrance = backend.door
+    assert isinstance(entrance, door.ShareDoor)
+    entrance.paths, entrance._refused = ["elsewhere.raw", "disk.raw"], True
+    backend.connected().handle.durable = False  # type: ignore[attr-defined]
+    real, asked = door.open_file, list[str]()
+
+    async def noted(served: Any, desk: Any, path: str, **keys: Any) -> Any:
+        asked.append(path)
+        return await real(served, desk, path, **keys)
+
+    monkeypatch.setattr(door, "open_file", noted)
+    server.kill_child()
+    await until_away(backend)
+    async with asyncio.timeout(DEADLINE_S):
+        await backend.write(0, b"found")
+    assert asked.count("elsewhere.raw") == 1, asked
+    assert server.file("disk.raw").read_bytes()[:5] == b"found"

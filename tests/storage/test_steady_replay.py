@@ -40,25 +40,34 @@ async def served(server: Server, reopen: Reopen, io_timeout_s: float = 5) -> Ste
     return backend
 
 
-async def test_a_refused_write_takes_no_acknowledged_one_with_it(server: Server) -> None:
-    """B is acknowledged; C over it is in flight; the server forgets B and refuses C."""
+class Picky(File):
+    """Refuses what is longer than a block."""
 
-    class Picky(File):
-        async def write(self, offset: int, data: Buffer, **how: bool) -> None:
-            if len(data) > BLOCK:
-                raise OSError(errno.EDQUOT, "quota")
-            await super().write(offset, data)
+    async def write(self, offset: int, data: Buffer, **how: bool) -> None:
+        if len(data) > BLOCK:
+            raise OSError(errno.EDQUOT, "quota")
+        await super().write(offset, data)
 
-    async def reopen(former: RemoteFile) -> RemoteFile:
-        return Picky(server)
 
-    backend = await served(server, reopen)
+async def newer_in_flight(server: Server, backend: SteadyBackend) -> asyncio.Future[None]:
+    """Write B, acknowledged, and C over it, in flight when the server dies and forgets B."""
     await backend.write(UPPER, b"B" * BLOCK)
     server.hanging = asyncio.get_running_loop().create_future()
     newer = asyncio.ensure_future(backend.write(UPPER, b"C" * 4 * BLOCK))
     await eventually_async(lambda: server.asked == 2, what="the newer one is in flight")
     server.content[UPPER : UPPER + BLOCK] = bytes(BLOCK)
     server.file.die()
+    return newer
+
+
+async def test_a_refused_write_takes_no_acknowledged_one_with_it(server: Server) -> None:
+    """B is acknowledged; C over it is in flight; the server forgets B and refuses C."""
+
+    async def reopen(former: RemoteFile) -> RemoteFile:
+        return Picky(server)
+
+    backend = await served(server, reopen)
+    newer = await newer_in_flight(server, backend)
     with pytest.raises(OSError, match="quota"):
         await newer
     assert bytes(await backend.read(UPPER, BLOCK)) == b"B" * BLOCK
@@ -70,23 +79,12 @@ async def test_a_refused_write_whose_request_gave_up_takes_none_with_it(server: 
     """The same, but C's request times out before the server is back: C is kept by then."""
     gate = asyncio.Event()
 
-    class Picky(File):
-        async def write(self, offset: int, data: Buffer, **how: bool) -> None:
-            if len(data) > BLOCK:
-                raise OSError(errno.EDQUOT, "quota")
-            await super().write(offset, data)
-
     async def reopen(former: RemoteFile) -> RemoteFile:
         await gate.wait()
         return Picky(server)
 
     backend = await served(server, reopen, io_timeout_s=0.2)
-    await backend.write(UPPER, b"B" * BLOCK)
-    server.hanging = asyncio.get_running_loop().create_future()
-    newer = asyncio.ensure_future(backend.write(UPPER, b"C" * 4 * BLOCK))
-    await eventually_async(lambda: server.asked == 2, what="the newer one is in flight")
-    server.content[UPPER : UPPER + BLOCK] = bytes(BLOCK)
-    server.file.die()
+    newer = await newer_in_flight(server, backend)
     with pytest.raises(OSError, match="in time"):
         await newer
     gate.set()

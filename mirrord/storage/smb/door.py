@@ -95,11 +95,11 @@ class ShareDoor(Door):
                 raise LostError(why) from error
             except OSError as error:
                 why = f"{self.where}: {error.strerror}"
-                if anew:
-                    await desk.ask(control.disconnect)
                 # Samba looks once a tree who may do what: the next time in one of our own.
                 self._refused = error.errno == errno.EACCES
                 if error.errno != errno.ENOENT:
+                    if anew:
+                        await desk.ask(control.disconnect)
                     # Locked: the server has not noticed yet that the old connection is gone.
                     raise LostError(why) from error
                 missing = error

@@ -370,13 +370,6 @@ class ShareFile(RemoteFile):
         self._granted.add(doing)
         return self._parsed(wire.ioctl_reply, reply.message, room)
 
-    def _copy_parsed(self, parse: Callable[..., T], output: bytes) -> T:
-        """The same for copies inside the server, without which a move can do."""
-        try:
-            return parse(output)
-        except ProtocolError as error:
-            raise OSError(EIO, str(error)) from error
-
     def _parsed(self, parse: Callable[..., T], *args: Any) -> T:
         """Understand an answer; one that breaks the protocol ends the session."""
         try:
@@ -385,6 +378,13 @@ class ShareFile(RemoteFile):
             why = f"{self.session.server} broke the protocol: {error}"
             self.session.abandon(why)
             raise LostError(why) from error
+
+    def _copy_parsed(self, parse: Callable[..., T], output: bytes) -> T:
+        """The same of a copy inside the server, without which a move can do."""
+        try:
+            return parse(output)
+        except ProtocolError as error:
+            raise OSError(EIO, str(error)) from error
 
     def _failure(self, reply: Reply, doing: str) -> OSError:
         denied = reply.status == st.ACCESS_DENIED and doing in self._granted

@@ -438,7 +438,7 @@ class SharePlace(Place):
             await desk.remove(retired, identity)
             await desk.flush_folder(self._at.folder)
 
-    # What a name leads to.
+    # Names.
 
     def _part(self, job_id: str) -> str:
         return self._at.beside(part_name(self._at.name, job_id)).path
