@@ -81,7 +81,11 @@ async def mirroring(job: Job) -> Outcome:
 async def verifying(job: Job) -> Outcome:
     """Compare; a mismatch is copied again once."""
     if job.request.verify != "none":
-        verdict = await job.verifier.run()
+        try:
+            verdict = await job.verifier.run()
+        except TargetError as error:
+            return _unread(job, error)
+        job.readings_failed = 0
         if verdict.mismatches:
             assert job.tracker is not None
             job.verified = False
@@ -100,6 +104,21 @@ async def verifying(job: Job) -> Outcome:
         job.held = True
         return Event.CUTOVER_HELD, "in step with the source; waiting for `mirrord cutover`"
     return Event.VERIFIED, job.reason if job.verified else "verification was not asked for"
+
+
+def _unread(job: Job, error: TargetError) -> Outcome:
+    """Return what a target that takes writes but can't be read means: with growing delays it is
+    read again, as often as one that takes none is tried."""
+    event, reason = meaning(error)
+    if event is not Event.TARGET_FAILED or error.errno in AWAY:
+        return event, reason
+    job.readings_failed += 1
+    if job.readings_failed < job.settings.target_attempts_max:
+        job.attempts = job.readings_failed - 1
+        return event, reason
+    reason = f"{job.readings_failed} verifications failed, the last: {error}"
+    job.readings_failed = 0
+    return Event.PAUSE_REQUESTED, reason
 
 
 async def cutting_over(job: Job) -> Outcome:
@@ -225,11 +244,15 @@ async def _scan(job: Job) -> None:
 
 
 async def _try(job: Job) -> TargetError | None:
-    """Try the target with one piece and a flush; return what is wrong with it still."""
+    """Try the target with one piece and a flush; return what is wrong with it still.
+
+    Raises TargetError when somebody changed its size: no later attempt makes it whole.
+    """
     assert job.tracker is not None
     limit_s = job.settings.target_stall_s
     try:
         async with asyncio.timeout(limit_s):
+            await job.housekeeping.check_unchanged()
             await job.copier.drained()
             await job.copier.try_one()
             await job.tracker.flush_target()
@@ -237,6 +260,8 @@ async def _try(job: Job) -> TargetError | None:
         error = OSError(ETIMEDOUT, f"no answer for {limit_s:g} s")
         return TargetError(error, "the target does not answer")
     except TargetError as error:
+        if error.errno == ESTALE:
+            raise
         return error
     return None
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Coroutine
-from errno import ETIMEDOUT
+from errno import ESTALE, ETIMEDOUT
 from typing import Any
 
 from mirrord.engine.settings import EngineSettings
@@ -35,15 +35,17 @@ class Housekeeping:
         return [self._checkpointing(), self._watching()]
 
     async def check_unchanged(self) -> None:
-        """Raise SourceError or TargetError when somebody changed a side's size."""
+        """Raise SourceError or TargetError, of errno ESTALE when somebody changed a side's size."""
         try:
             await self._tracker.source.check_unchanged()
         except OSError as error:
-            raise SourceError(error, "the source changed size") from error
+            what = "changed size" if error.errno == ESTALE else "can't be looked at"
+            raise SourceError(error, f"the source {what}") from error
         try:
             await self._tracker.target.check_unchanged()
         except OSError as error:
-            raise TargetError(error, "the target was changed by somebody else") from error
+            what = "was changed by somebody else" if error.errno == ESTALE else "can't be looked at"
+            raise TargetError(error, f"the target {what}") from error
 
     async def _checkpointing(self) -> None:
         clock = asyncio.get_running_loop().time

@@ -111,6 +111,7 @@ class Job:
         self.former: Backend | None = None
         self.reason = ""
         self.attempts = 0
+        self.readings_failed = 0  # verifications in a row
         self.copied_at_trouble = 0
         self.gates_missed = 0
         self.space_wanted = False

@@ -126,6 +126,33 @@ async def test_20_the_part_changes_its_size(on_files: CrashBench) -> None:
 
 
 @pytest.mark.fault(20)
+@pytest.mark.parametrize("hold", [phases.verifying, phases.out_of_space, phases.degraded],
+                         ids=lambda hold: hold.__name__)  # fmt: skip
+async def test_20_the_part_changes_its_size_and_nobody_watches(
+    on_files: CrashBench, hold: phases.Hold
+) -> None:
+    """Reading it fails like a target in trouble, but no later attempt can make it whole."""
+    bench = on_files
+    release = await hold(bench)
+    os.truncate(bench.part_path, SIZE - 1)
+    release()
+    status = await bench.finish()
+    assert status.phase is Phase.FAILED
+    assert "the target was changed by somebody else" in status.reason
+    assert bench.names() == ["source.raw"]
+
+
+async def test_a_target_that_cant_be_looked_at_was_not_changed(on_files: CrashBench) -> None:
+    bench = on_files
+    bench.settings = replace(SMALL, watch_s=0.01)
+    await bench.hold_mirroring()
+    bench.at_target.fail("check_unchanged", errno=errno.EIO)
+    await bench.run_to_phase(Phase.DEGRADED)
+    assert bench.job.migration.story[-1].reason.startswith("the target can't be looked at: ")
+    await bench.assert_moved(await bench.cut_over())
+
+
+@pytest.mark.fault(20)
 async def test_20_the_part_is_written_to(on_files: CrashBench) -> None:
     """Found by verification, and copied again."""
     bench = on_files

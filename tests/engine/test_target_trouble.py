@@ -220,6 +220,51 @@ async def test_11_a_sticky_error_pauses_the_job(
     await bench.assert_moved(await bench.finish())
 
 
+@pytest.mark.fault(11)
+async def test_11_a_target_that_never_can_be_read_pauses_the_job(bench: CrashBench) -> None:
+    """It takes every write, so no attempt fails. The operator's resume begins to count anew."""
+    bench.settings = replace(SMALL, target_attempts_max=3)
+    await bench.begin()
+    broken = bench.at_target.fail("read_stored", errno=errno.EIO, at=7, times=FOR_EVER)
+    for count in (1, 2):
+        await bench.run_to_phase(Phase.PAUSED)
+        reason = bench.job.status().reason
+        assert reason.startswith("3 verifications failed, the last: reading the target back failed")
+        assert told(bench).count(Event.TARGET_FAILED) == 2 * count
+        if count == 1:
+            await bench.job.resume()
+            await eventually_async(lambda: told(bench).count(Event.TARGET_FAILED) > 2)
+    broken.release()
+    await bench.job.resume()
+    await bench.assert_moved(await bench.finish())
+
+
+@pytest.mark.fault(11)
+async def test_11_readings_that_fail_far_apart_are_not_in_a_row(bench: CrashBench) -> None:
+    bench.settings = replace(SMALL, target_attempts_max=2)
+    await bench.begin(cutover="manual")
+    for _ in range(3):
+        broken = bench.at_target.fail("read_stored", errno=errno.EIO)
+        await bench.run_to(broken)
+        await eventually_async(lambda: bench.job.held, what="in step again")
+        full = bench.at_target.fail(*WRITING, errno=errno.ENOSPC)
+        await bench.write(0, NEW)
+        await bench.run_to(full)
+    assert Event.PAUSE_REQUESTED not in told(bench)
+    await bench.assert_moved(await bench.cut_over())
+
+
+@pytest.mark.fault(11)
+async def test_11_readings_of_a_target_that_is_away_are_not_counted(bench: CrashBench) -> None:
+    bench.settings = replace(SMALL, target_attempts_max=2)
+    await bench.begin()
+    away = bench.at_target.fail("read_stored", errno=errno.ENOTCONN, times=4)
+    await bench.assert_moved(await bench.finish())
+    assert away.seen > 4
+    assert told(bench).count(Event.TARGET_FAILED) == 4
+    assert Event.PAUSE_REQUESTED not in told(bench)
+
+
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("forgets", [False, True])
 async def test_12_a_flush_that_fails_once(bench: CrashBench, forgets: bool) -> None:
