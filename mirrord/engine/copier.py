@@ -117,16 +117,16 @@ class Copier:
             worker.cancel()
 
     async def try_one(self) -> None:
-        """Copy one piece, to see whether the target works again; raise the trouble if not.
+        """Copy one chunk, to see whether the target works again; raise the trouble if not.
 
-        The worker is one like the others: cancelling this leaves it to end by itself.
+        Not less: a full target mostly has space for a block. The worker is one like the others:
+        cancelling this leaves it to end by itself.
         """
-        bitmap = self._tracker.bitmap
-        run = bitmap.take(0, bitmap.granularity)
-        if run is None:
+        runs = self._tracker.bitmap.take_chunk(0, self._settings.chunk_bytes, self._runs_max)
+        if not runs:
             return
         self.trouble = None
-        worker = self._start([run])
+        worker = self._start(runs)
         await asyncio.wait((worker,))
         if self.trouble is not None:
             raise self.trouble

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 from mirrord.core.migration import Event, Phase
+from mirrord.storage.backend import Buffer
 from tests.engine import phases
 from tests.engine.crashes import SIZE, SMALL, UNIT, CrashBench
 from tests.engine.faults import FOR_EVER
@@ -51,6 +52,30 @@ async def test_8_no_space_while_copying(bench: CrashBench, number: int) -> None:
     full.release()
     await bench.assert_moved(await bench.finish())
     assert "there is space again" in bench.job.migration.tell()
+
+
+@pytest.mark.fault(8)
+async def test_8_space_for_a_block_is_no_space(
+    bench: CrashBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that went on for it would pause again at once, every few seconds."""
+    await bench.begin()
+    honest = bench.target.inner.write
+    refused: list[int] = []
+
+    async def write(offset: int, data: Buffer, *, fua: bool = False) -> None:
+        if len(data) > 4096:
+            refused.append(offset)
+            raise OSError(errno.ENOSPC, "full")
+        await honest(offset, data, fua=fua)
+
+    monkeypatch.setattr(bench.target.inner, "write", write)
+    await bench.run_to_phase(Phase.PAUSED)
+    looked = len(refused)
+    await eventually_async(lambda: len(refused) >= looked + 3, what="attempts")
+    assert told(bench) == [Event.STARTED, Event.SPACE_EXHAUSTED]
+    monkeypatch.undo()
+    await bench.assert_moved(await bench.finish())
 
 
 @pytest.mark.fault(9)
