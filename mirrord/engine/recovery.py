@@ -65,6 +65,10 @@ async def check(disk: Disk, target: Place, request: JobRequest) -> None:
     """Refuse what can't be moved there. Changes nothing."""
     if disk.read_only:
         raise RefusedError("read-only", f"disk {disk.name} is read-only: attach it writable")
+    if request.wipe and disk.backend.identity.kind != "block":
+        raise RefusedError(
+            "not-wiped", f"{request.source} is no block device: it can be deleted, not wiped"
+        )
     needed = await _data_bytes(disk.backend)
     await target.check_target(disk.backend, needed=needed, force=request.force)
 

@@ -32,6 +32,14 @@ async def test_a_read_only_disk_is_refused(bench: CrashBench) -> None:
     with pytest.raises(RefusedError) as caught:
         await bench.start()
     assert caught.value.code == "read-only"
+
+
+async def test_what_cant_be_wiped_is_refused_before_anything_is_made(bench: CrashBench) -> None:
+    """Not done as if it had not been asked for: somebody would give the old disk away."""
+    with pytest.raises(RefusedError, match="no block device") as caught:
+        await bench.begin(wipe=True)
+    assert caught.value.code == "not-wiped"
+    assert bench.names() == ["source"]
     assert bench.shelf.names() == ["source"]
 
 

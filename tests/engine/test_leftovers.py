@@ -54,10 +54,11 @@ async def test_a_block_device_is_released(
     async def nothing(*_: object, **__: object) -> None:
         return None
 
-    await bench.begin(wipe=wipe)
+    disk = await bench.open()
+    disk.backend.identity = replace(disk.backend.identity, kind="block")
+    await bench.start(wipe=wipe)
     monkeypatch.setattr(bench.source_place.inner, "retire", nothing)
     monkeypatch.setattr(bench.source_place.inner, "delete_retired", nothing)
-    bench.job.source_identity = replace(bench.job.source_identity, kind="block")
     status = await bench.finish()
     assert (status.phase, status.source_kept) == (Phase.DONE, None)
     assert ("with zeroes" in status.reason, "old content" in status.reason) == (wipe, not wipe)
