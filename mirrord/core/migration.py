@@ -54,6 +54,7 @@ class Event(Enum):
     RESUMED_IN_BULK = "resumed in the bulk pass"
     SPACE_EXHAUSTED = "space exhausted"
     TARGET_FAILED = "target failed"
+    TARGET_AWAY = "target away"
     CANCEL_REQUESTED = "cancel requested"
     ABORTED = "aborted"
 
@@ -62,6 +63,7 @@ _LEAVE: dict[Event, Phase] = {
     Event.PAUSE_REQUESTED: Phase.PAUSED,
     Event.SPACE_EXHAUSTED: Phase.PAUSED,
     Event.TARGET_FAILED: Phase.DEGRADED,
+    Event.TARGET_AWAY: Phase.DEGRADED,
     Event.CANCEL_REQUESTED: Phase.CANCELLED,
     Event.ABORTED: Phase.FAILED,
 }
@@ -105,7 +107,6 @@ MOVES: dict[Phase, dict[Event, Phase]] = {
     },
     Phase.PAUSED: {
         **_RETURN,
-        Event.TARGET_FAILED: Phase.DEGRADED,
         Event.CANCEL_REQUESTED: Phase.CANCELLED,
         Event.ABORTED: Phase.FAILED,
     },

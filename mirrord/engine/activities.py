@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Outcome = tuple[Event, str]
 
-# A target that took so many chunks since its last trouble is not failing "in a row".
+# Where so many chunks fewer are left than at its last trouble, a target is not failing "in a row".
 PROGRESS_CHUNKS = 16
 
 
@@ -81,11 +81,7 @@ async def mirroring(job: Job) -> Outcome:
 async def verifying(job: Job) -> Outcome:
     """Compare; a mismatch is copied again once."""
     if job.request.verify != "none":
-        try:
-            verdict = await job.verifier.run()
-        except TargetError as error:
-            return _unread(job, error)
-        job.readings_failed = 0
+        verdict = await job.verifier.run()
         if verdict.mismatches:
             assert job.tracker is not None
             job.verified = False
@@ -102,23 +98,9 @@ async def verifying(job: Job) -> Outcome:
         job.reason = verdict.reason
     if job.request.cutover == "manual" and not job.cutover_wanted.is_set():
         job.held = True
+        job.attempts = 0
         return Event.CUTOVER_HELD, "in step with the source; waiting for `mirrord cutover`"
     return Event.VERIFIED, job.reason if job.verified else "verification was not asked for"
-
-
-def _unread(job: Job, error: TargetError) -> Outcome:
-    """Return what a target that takes writes but can't be read means: with growing delays it is
-    read again, as often as one that takes none is tried."""
-    event, reason = meaning(error)
-    if event is not Event.TARGET_FAILED or error.errno in AWAY:
-        return event, reason
-    job.readings_failed += 1
-    if job.readings_failed < job.settings.target_attempts_max:
-        job.attempts = job.readings_failed - 1
-        return event, reason
-    reason = f"{job.readings_failed} verifications failed, the last: {error}"
-    job.readings_failed = 0
-    return Event.PAUSE_REQUESTED, reason
 
 
 async def cutting_over(job: Job) -> Outcome:
@@ -164,8 +146,6 @@ async def retiring(job: Job) -> Outcome:
 async def paused(job: Job) -> Outcome:
     """Wait for the operator, or for space."""
     job.copier.stop()
-    if job.space_wanted:
-        _doubt(job)
     while job.space_wanted and not job.pause_wished and not job.resumed.is_set():
         await _wait(job.resumed, job.settings.space_probe_s)
         if not job.resumed.is_set() and await _try(job) is None and not job.pause_wished:
@@ -175,12 +155,13 @@ async def paused(job: Job) -> Outcome:
 
 
 async def degraded(job: Job) -> Outcome:
-    """Try a failing target again, with growing delays."""
-    _doubt(job)
-    if job.copier.copied_bytes > job.copied_at_trouble + PROGRESS_CHUNKS * job.settings.chunk_bytes:
+    """Try a failing target again, with growing delays; not for ever, if that leads nowhere."""
+    before, job.left_at_trouble = job.left_at_trouble, job.bitmap.remaining()
+    if job.left_at_trouble < before - PROGRESS_CHUNKS * job.settings.chunk_bytes:
         job.attempts = 0
-    job.copied_at_trouble = job.copier.copied_bytes
-    while True:
+    elif job.migration.story[-1].event is Event.TARGET_AWAY:
+        job.attempts = max(0, job.attempts - 1)
+    while job.attempts < job.settings.target_attempts_max:
         job.attempts += 1
         await _wait(job.resumed, _backoff_s(job))
         job.resumed.clear()
@@ -194,15 +175,7 @@ async def degraded(job: Job) -> Outcome:
             return Event.PAUSE_REQUESTED, f"the target is denied: {trouble}"
         if trouble.errno in AWAY:
             job.attempts = max(0, job.attempts - 1)
-        elif job.attempts >= job.settings.target_attempts_max:
-            return Event.PAUSE_REQUESTED, f"{job.attempts} attempts failed, the last: {trouble}"
-
-
-def _doubt(job: Job) -> None:
-    """Have everything verified anew: what the target had may have suffered as well."""
-    assert job.tracker is not None
-    job.tracker.digests.restart()
-    job.verified = False
+    return Event.PAUSE_REQUESTED, f"{job.attempts} attempts failed, the last: {job.reason}"
 
 
 async def _walk(job: Job) -> None:
@@ -213,7 +186,6 @@ async def _walk(job: Job) -> None:
             return
         # A worker reported trouble, which interrupts this activity; or `stop` raced with it.
         await asyncio.sleep(0)
-    job.attempts = 0
     job.progress.passes += job.copier.copied_bytes > copied_before
     job.sample()
 
@@ -252,10 +224,10 @@ async def _try(job: Job) -> TargetError | None:
     limit_s = job.settings.target_stall_s
     try:
         async with asyncio.timeout(limit_s):
-            await job.housekeeping.check_unchanged()
             await job.copier.drained()
             await job.copier.try_one()
             await job.tracker.flush_target()
+            await job.housekeeping.check_target()
     except TimeoutError:
         error = OSError(ETIMEDOUT, f"no answer for {limit_s:g} s")
         return TargetError(error, "the target does not answer")
@@ -276,7 +248,12 @@ async def _wait(event: asyncio.Event, limit_s: float) -> None:
 
 
 def _back(job: Job, reason: str) -> Outcome:
-    """Return the event that leads out of a pause."""
+    """Return the event that leads out of a pause.
+
+    Everything is verified anew: what the target had may have suffered meanwhile.
+    """
+    assert job.tracker is not None
+    job.tracker.digests.restart()
     job.rates = Rates()  # what was measured before a pause says nothing about after it
     in_bulk = job.progress.passes == 0
     return (Event.RESUMED_IN_BULK if in_bulk else Event.RESUMED), reason
@@ -303,7 +280,7 @@ def meaning(error: SideError) -> Outcome:
         return Event.ABORTED, str(error)
     if error.errno in NO_SPACE:
         return Event.SPACE_EXHAUSTED, f"no space at the target: {error}"
-    return Event.TARGET_FAILED, str(error)
+    return (Event.TARGET_AWAY if error.errno in AWAY else Event.TARGET_FAILED), str(error)
 
 
 ACTIVITIES: dict[Phase, Callable[[Job], Coroutine[Any, Any, Outcome]]] = {

@@ -36,11 +36,18 @@ class Housekeeping:
 
     async def check_unchanged(self) -> None:
         """Raise SourceError or TargetError, of errno ESTALE when somebody changed a side's size."""
+        await self._check_source()
+        await self.check_target()
+
+    async def _check_source(self) -> None:
         try:
             await self._tracker.source.check_unchanged()
         except OSError as error:
             what = "changed size" if error.errno == ESTALE else "can't be looked at"
             raise SourceError(error, f"the source {what}") from error
+
+    async def check_target(self) -> None:
+        """Raise TargetError, of errno ESTALE when somebody changed the target's size."""
         try:
             await self._tracker.target.check_unchanged()
         except OSError as error:

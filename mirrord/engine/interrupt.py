@@ -8,6 +8,7 @@ from mirrord.core.migration import Event, Migration
 
 # What beats what, when several come before the job has looked.
 _URGENCY = (
+    Event.TARGET_AWAY,
     Event.TARGET_FAILED,
     Event.SPACE_EXHAUSTED,
     Event.PAUSE_REQUESTED,

@@ -111,8 +111,7 @@ class Job:
         self.former: Backend | None = None
         self.reason = ""
         self.attempts = 0
-        self.readings_failed = 0  # verifications in a row
-        self.copied_at_trouble = 0
+        self.left_at_trouble = 0  # bytes
         self.gates_missed = 0
         self.space_wanted = False
         self.mismatched = False
@@ -311,6 +310,7 @@ class Job:
         self.reason = reason
         if phase in (Phase.PAUSED, Phase.DEGRADED):
             self.resumed.clear()
+            self.verified = False
             self.space_wanted = event is Event.SPACE_EXHAUSTED
         if self.tracker is not None and phase not in MIRRORED and phase is not Phase.RETIRING:
             self.tracker.stop_mirroring()

@@ -133,6 +133,7 @@ async def test_20_the_part_changes_its_size_and_nobody_watches(
 ) -> None:
     """Reading it fails like a target in trouble, but no later attempt can make it whole."""
     bench = on_files
+    bench.target_place._remembering = False
     release = await hold(bench)
     os.truncate(bench.part_path, SIZE - 1)
     release()

@@ -60,6 +60,7 @@ def test_a_daemon_ends_well_while_moves_begin_and_end(one_at_a_time: Daemon) -> 
     """What happens while it ends is the next one's to go on with."""
     daemon = one_at_a_time
     for name in NAMES:
+        eventually(lambda name=name: phases(daemon)[name] != "queued", what=f"{name} has a place")
         daemon.json("limit", name, "0")
         assert daemon.stop() == 0
         assert "Traceback" not in daemon.log()
