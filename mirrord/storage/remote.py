@@ -114,6 +114,7 @@ class Door(ABC):
     """Opens one file again and again, as often as its connection dies."""
 
     where: str  # for messages: the server
+    authoritative = False  # a guest waits for the file
 
     @abstractmethod
     async def reopen(self, former: RemoteFile) -> RemoteFile:

@@ -127,7 +127,7 @@ class SteadyBackend(Backend):
 
     @authoritative.setter
     def authoritative(self, value: bool) -> None:
-        self._authoritative = value
+        self._authoritative = self.door.authoritative = value
         if value and self._learning is None:
             if not self._settled:
                 self._settling = self._loop.create_task(self._settle())

@@ -13,11 +13,9 @@ from dataclasses import replace
 import pytest
 
 from mirrord.core.migration import Event, Phase
-from mirrord.storage.backend import Buffer
 from tests.engine import phases
 from tests.engine.crashes import SIZE, SMALL, UNIT, CrashBench
 from tests.engine.faults import FOR_EVER
-from tests.engine.rules import turns
 from tests.helpers import eventually_async
 
 NEW = b"\x99" * 4096
@@ -53,30 +51,6 @@ async def test_8_no_space_while_copying(bench: CrashBench, number: int) -> None:
     full.release()
     await bench.assert_moved(await bench.finish())
     assert "there is space again" in bench.job.migration.tell()
-
-
-@pytest.mark.fault(8)
-async def test_8_space_for_a_block_is_no_space(
-    bench: CrashBench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A job that went on for it would pause again at once, every few seconds."""
-    await bench.begin()
-    honest = bench.target.inner.write
-    refused: list[int] = []
-
-    async def write(offset: int, data: Buffer, *, fua: bool = False) -> None:
-        if len(data) > 4096:
-            refused.append(offset)
-            raise OSError(errno.ENOSPC, "full")
-        await honest(offset, data, fua=fua)
-
-    monkeypatch.setattr(bench.target.inner, "write", write)
-    await bench.run_to_phase(Phase.PAUSED)
-    looked = len(refused)
-    await eventually_async(lambda: len(refused) >= looked + 3, what="attempts")
-    assert told(bench) == [Event.STARTED, Event.SPACE_EXHAUSTED]
-    monkeypatch.undo()
-    await bench.assert_moved(await bench.finish())
 
 
 @pytest.mark.fault(9)
@@ -246,105 +220,6 @@ async def test_11_a_sticky_error_pauses_the_job(
     await bench.assert_moved(await bench.finish())
 
 
-@pytest.mark.fault(11)
-async def test_11_a_target_that_never_can_be_read_pauses_the_job(bench: CrashBench) -> None:
-    """It takes every write, so an attempt seems to succeed. A resume begins to count anew."""
-    bench.settings = replace(SMALL, target_attempts_max=3)
-    await bench.begin()
-    broken = bench.at_target.fail("read_stored", errno=errno.EIO, at=7, times=FOR_EVER)
-    for count in (1, 2):
-        await bench.run_to_phase(Phase.PAUSED)
-        reason = bench.job.status().reason
-        assert reason.startswith("3 attempts failed, the last: reading the target back failed")
-        assert told(bench).count(Event.TARGET_FAILED) == 4 * count
-        if count == 1:
-            await bench.job.resume()
-            await eventually_async(lambda: told(bench).count(Event.TARGET_FAILED) > 4)
-    broken.release()
-    await bench.job.resume()
-    await bench.assert_moved(await bench.finish())
-
-
-@pytest.mark.fault(11)
-async def test_11_readings_that_fail_far_apart_are_not_in_a_row(bench: CrashBench) -> None:
-    bench.settings = replace(SMALL, target_attempts_max=2)
-    await bench.begin(cutover="manual")
-    for _ in range(3):
-        broken = bench.at_target.fail("read_stored", errno=errno.EIO)
-        await bench.run_to(broken)
-        await eventually_async(lambda: bench.job.held, what="in step again")
-        full = bench.at_target.fail(*WRITING, errno=errno.ENOSPC)
-        await bench.write(0, NEW)
-        await bench.run_to(full)
-    assert Event.PAUSE_REQUESTED not in told(bench)
-    await bench.assert_moved(await bench.cut_over())
-
-
-@pytest.mark.fault(11)
-async def test_11_readings_of_a_target_that_is_away_are_not_counted(bench: CrashBench) -> None:
-    bench.settings = replace(SMALL, target_attempts_max=2)
-    await bench.begin()
-    away = bench.at_target.fail("read_stored", errno=errno.ENOTCONN, times=4)
-    await bench.assert_moved(await bench.finish())
-    assert away.seen > 4
-    assert told(bench).count(Event.TARGET_AWAY) == 4
-    assert Event.PAUSE_REQUESTED not in told(bench)
-
-
-@pytest.mark.fault(11)
-@pytest.mark.parametrize("checkpoints", [False, True])
-async def test_11_a_sector_that_no_flush_gets_to_disk_pauses_the_job(
-    bench: CrashBench, monkeypatch: pytest.MonkeyPatch, checkpoints: bool
-) -> None:
-    """The cache takes its write, and each flush tells of it once: then the next one is good."""
-    quick = replace(SMALL, target_attempts_max=3)
-    bench.settings = replace(quick, checkpoint_s=0.01, sample_s=0.01) if checkpoints else quick
-    await bench.begin()
-    target = bench.target
-    honest_write, honest_flush = target.write, target.flush
-    bad = False
-
-    async def write(offset: int, data: Buffer, *, fua: bool = False) -> None:
-        nonlocal bad
-        bad |= offset == 7 * UNIT
-        await honest_write(offset, data, fua=fua)
-
-    async def flush() -> None:
-        nonlocal bad
-        was_bad, bad = bad, False
-        if was_bad:
-            raise OSError(errno.EIO, "bad sector")
-        await honest_flush()
-
-    monkeypatch.setattr(target, "write", write)
-    monkeypatch.setattr(target, "flush", flush)
-    slow = bench.at_target.delay("write", seconds=0.005)
-    await bench.run_to_phase(Phase.PAUSED)
-    slow.release()
-    reason = bench.job.status().reason
-    assert reason.startswith("3 attempts failed, the last: flush of the target failed"), reason
-    await turns()
-    assert bench.job.migration.phase is Phase.PAUSED
-    monkeypatch.undo()
-    await bench.job.resume()
-    await bench.assert_moved(await bench.finish())
-
-
-@pytest.mark.fault(11)
-@pytest.mark.parametrize("hold", [phases.degraded, phases.out_of_space, phases.paused],
-                         ids=lambda hold: hold.__name__)  # fmt: skip
-async def test_11_a_source_that_hangs_doesnt_make_the_target_fail(
-    bench: CrashBench, hold: phases.Hold
-) -> None:
-    bench.settings = replace(SMALL, target_stall_s=0.2)
-    release = await hold(bench)
-    looking = bench.at_source.hang("check_unchanged", times=FOR_EVER)
-    release()
-    await bench.run_to_phase(Phase.CUTTING_OVER)
-    looking.release()
-    await bench.assert_moved(await bench.finish())
-
-
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("forgets", [False, True])
 async def test_12_a_flush_that_fails_once(bench: CrashBench, forgets: bool) -> None:
@@ -412,29 +287,6 @@ async def test_what_differs_is_copied_again_though_a_guest_writes_there(bench: C
     assert told(bench).count(Event.MISMATCH_FOUND) == 1
 
 
-@pytest.mark.parametrize("by", ["attempts", "operator"])
-async def test_what_was_verified_before_a_pause_is_verified_anew(
-    bench: CrashBench, by: str
-) -> None:
-    """The operator repaired the target meanwhile, and damaged what had been verified."""
-    bench.settings = replace(phases.HELD, target_attempts_max=1)
-    await bench.begin()
-    last = range(15 * UNIT, SIZE)
-    if by == "attempts":
-        broken = bench.at_target.fail("read_stored", errno=errno.EIO, within=last, times=FOR_EVER)
-    else:
-        broken = bench.at_target.hang("read_stored", within=last)
-        await bench.run_to(broken)
-        await bench.job.pause()
-    await bench.run_to_phase(Phase.PAUSED)
-    assert bench.tracker.digests.unverified() < bench.tracker.digests.count
-    await bench.target.inner.write(0, NEW)
-    broken.release()
-    await bench.job.resume()
-    await bench.assert_moved(await bench.finish())
-    assert Event.MISMATCH_FOUND in told(bench)
-
-
 @pytest.mark.parametrize(
     ("number", "phase"),
     [
@@ -462,24 +314,6 @@ async def test_a_target_that_was_in_trouble_is_verified_anew(
 
 
 # 14: a target that hangs for ever
-
-
-@pytest.mark.fault(14)
-async def test_14_a_target_that_hangs_is_asked_one_thing_at_a_time(bench: CrashBench) -> None:
-    """Each attempt that looked at it would keep a thread, and the source needs them, too."""
-    bench.settings = replace(SMALL, target_stall_s=0.05, flush_stall_s=0.05, drain_s=0.05)
-    await bench.begin(cutover="manual")
-    hangs = bench.at_target.hang("write", "flush", "check_unchanged", at=5, times=FOR_EVER)
-    await bench.run_to_phase(Phase.DEGRADED)
-    asked = hangs.seen
-    for _ in range(4):
-        bench.job.reason = "not tried yet"
-        await bench.job.resume()
-        await eventually_async(lambda: bench.job.reason != "not tried yet", what="an attempt")
-    assert "does not answer" in bench.job.reason
-    assert hangs.seen <= asked + 1
-    hangs.release()
-    await bench.assert_moved(await bench.cut_over())
 
 
 @pytest.mark.fault(14)

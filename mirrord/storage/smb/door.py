@@ -20,9 +20,10 @@ from mirrord.storage.smb.file import ShareFile
 from mirrord.storage.smb.plain import PlainFile
 from mirrord.storage.smb.server import ShareServer
 from mirrord.storage.smb.session import ShareSession
-from mirrord.storage.smb.work import to_the_end
+from mirrord.storage.smb.work import aside, to_the_end
 
 OPEN_S: Final = 10.0  # that opening again may take, before the connection is believed stuck
+YIELD_S: Final = 1.0  # then a guest's disk on the same server has its turn before a move's target
 
 File = ShareFile | PlainFile
 
@@ -33,7 +34,7 @@ class ShareDoor(Door):
     def __init__(self, server: ShareServer, at: ShareLocation, read_only: bool) -> None:
         self.where = server.name
         self.paths: list[str] = []  # where it may be, when it was being renamed
-        self._refused = False  # by the rights, at the last attempt
+        self._refused = False  # by the rights, at the last attempt: the next has a tree of its own
         self._server = server
         self._share = at.share
         self._read_only = read_only
@@ -42,7 +43,7 @@ class ShareDoor(Door):
         return self._server.changed()
 
     async def reopen(self, former: RemoteFile) -> RemoteFile:
-        file = await to_the_end(self._reopen(former), RemoteFile.close)
+        file = await to_the_end(self._reopen(former), _give_back)
         await former.close()
         return file
 
@@ -76,6 +77,17 @@ class ShareDoor(Door):
         anew, self._refused = self._refused, False
         tree = await session.tree(self._share, anew=anew)
         desk = Desk(session, tree)
+        try:
+            file = await self._find(desk, former)
+        except BaseException:
+            if anew:
+                aside(desk.ask(control.disconnect))
+            raise
+        # Samba looks once a tree who may do what: the rights are back for work on names, too.
+        session.trees[self._share.casefold()] = tree
+        return file
+
+    async def _find(self, desk: Desk, former: RemoteFile) -> RemoteFile:
         paths = self.paths or [former.path]
         for path in paths:
             kept = await self._take_over(desk, former, path)
@@ -84,22 +96,22 @@ class ShareDoor(Door):
         missing: OSError | None = None
         for path in paths:
             try:
+                opening = open_file(self._server, desk, path, read_only=self._read_only)
                 async with asyncio.timeout(OPEN_S):
-                    found = await open_file(self._server, desk, path, read_only=self._read_only)
+                    found = await to_the_end(opening, _give_back)
             except (LostError, DeniedError):
                 raise
             except TimeoutError as error:
                 why = f"{self.where}: opening {path} takes longer than {OPEN_S:g} s"
-                if self._server.users == 1:  # which is us
-                    session.abandon(why)
+                if self.authoritative or not desk.session.open_files:
+                    desk.session.abandon(why)
+                if not self.authoritative:
+                    await asyncio.sleep(YIELD_S)
                 raise LostError(why) from error
             except OSError as error:
                 why = f"{self.where}: {error.strerror}"
-                # Samba looks once a tree who may do what: the next time in one of our own.
                 self._refused = error.errno == errno.EACCES
                 if error.errno != errno.ENOENT:
-                    if anew:
-                        await desk.ask(control.disconnect)
                     # Locked: the server has not noticed yet that the old connection is gone.
                     raise LostError(why) from error
                 missing = error
@@ -182,3 +194,8 @@ def as_file(
     file.path = path
     server.use()
     return file
+
+
+async def _give_back(file: RemoteFile) -> None:
+    """Close a file that nobody took."""
+    await file.close()

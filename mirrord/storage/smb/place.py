@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 # A handle that a killed process held is given back when its connection is gone: a moment later.
 LOCK_RETRY_S: Final = 0.2
+# One of ours that was being opened when its job ended is given back, as soon as it is open.
+LOCKED_S: Final = 1.0
 # Guests wait while a crashed job's target is looked for; without it the job ends.
 FIND_PATIENCE_S: Final = 5.0
 # Samba sets an end beyond this, but refuses to write there.
@@ -86,7 +88,7 @@ class SharePlace(Place):
         await self._step(self._insist(lambda: self._withdraw(job_id)))
 
     async def discard(self, job_id: str, identity: Identity | None = None) -> None:
-        await self._step(self._insist(lambda: self._discard(job_id, identity)))
+        await self._step(self._insist(lambda: self._discard(job_id, identity), LOCKED_S))
 
     async def confirm(self, job_id: str, identity: Identity) -> str | None:
         return await self._step(self._insist(lambda: self._confirm(identity)))
@@ -116,14 +118,19 @@ class SharePlace(Place):
         finally:
             self._steps.release()
 
-    async def _insist(self, step: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Begin again what a lost connection ended, for a while: it may be repeated."""
-        until_s = asyncio.get_running_loop().time() + PATIENCE_S
+    async def _insist(self, step: Callable[[], Coroutine[Any, Any, T]], locked_s: float = 0.0) -> T:
+        """Begin again what a lost connection ended, for a while: it may be repeated.
+
+        So may, for `locked_s`, what met a file that is open.
+        """
+        began_s = asyncio.get_running_loop().time()
         while True:
             try:
                 return await step()
-            except LostError:
-                if asyncio.get_running_loop().time() >= until_s:
+            except OSError as error:
+                limit_s = locked_s if error.errno == errno.EBUSY else 0.0
+                limit_s = PATIENCE_S if isinstance(error, LostError) else limit_s
+                if asyncio.get_running_loop().time() >= began_s + limit_s:
                     raise
             await asyncio.sleep(LOCK_RETRY_S)
 
@@ -341,6 +348,10 @@ class SharePlace(Place):
 
     async def _publish(self, job_id: str) -> None:
         await self._rename_target(self._part(job_id), self._at.path)
+        assert self._target is not None
+        file = cast(File, self._target.connected())  # a lost one is waited for
+        sparse = self._target.capabilities.punches_holes
+        await file.session.control(control.unhide, file.tree.share, file.handle, sparse=sparse)
 
     async def _withdraw(self, job_id: str) -> None:
         if self._target is not None:
@@ -365,10 +376,6 @@ class SharePlace(Place):
                 door.paths = [new, old]
                 # by the session that the handle is of
                 await file.session.control(control.rename, file.tree.share, file.handle, new)
-                sparse = target.capabilities.punches_holes
-                await file.session.control(
-                    control.unhide, file.tree.share, file.handle, sparse=sparse
-                )
             door.paths = [new]
             await desk.flush_folder(self._at.folder)
 

@@ -30,8 +30,8 @@ from mirrord.storage.smb import control, dial
 from mirrord.storage.smb.control import Handle
 from mirrord.storage.smb.dial import DIALECTS, Login
 from mirrord.storage.smb.file import RANGES_BYTES_MAX, map_of
-from mirrord.storage.smb.session import ShareSettings, Tree, words_for
-from mirrord.storage.smb.trouble import Step, told
+from mirrord.storage.smb.session import ShareSettings, Tree
+from mirrord.storage.smb.trouble import Step, told, words_for
 from mirrord.storage.smb.work import in_thread, to_the_end
 
 T = TypeVar("T")
@@ -48,9 +48,10 @@ class PlainSession:
         self.session_id = 0
         self.lost: LostError | None = None
         self.on_release: Callable[[], None] | None = None
+        self.open_files = 0
         self._connection: Connection
         self._session: Session
-        self._trees: dict[str, Tree] = {}
+        self.trees: dict[str, Tree] = {}
         self._planting = asyncio.Lock()
         self._one = asyncio.Lock()
         self._ears: list[Callable[[LostError], None]] = []
@@ -107,7 +108,7 @@ class PlainSession:
             return await self._tree(share, anew)
 
     async def _tree(self, share: str, anew: bool) -> Tree:
-        found = None if anew else self._trees.get(share.casefold())
+        found = None if anew else self.trees.get(share.casefold())
         if found is None:
             made = TreeConnect(self._session, rf"\\{self._connection.server_name}\{share}")
             try:
@@ -118,17 +119,19 @@ class PlainSession:
                     raise told(cause, Step(self.server, "the share", share)) from cause
                 raise
             found = Tree(made.tree_connect_id, made)
-            self._trees |= {} if anew else {share.casefold(): found}
+            self.trees |= {} if anew else {share.casefold(): found}
         return found
 
     def file(
         self, tree: Tree, handle: Handle, identity: Identity, able: Capabilities, *, kept: bool
     ) -> PlainFile:
         """Return an open handle as a file."""
+        self.open_files += 1
         return PlainFile(self, tree, handle, identity, able)
 
     def release(self) -> None:
         """As `ShareSession.release`."""
+        self.open_files -= 1
         if self.on_release is not None:
             self.on_release()
 

@@ -39,7 +39,7 @@ from mirrord.storage.smb.control import Handle
 from mirrord.storage.smb.dial import DIALECTS, Login, Seat, Security
 from mirrord.storage.smb.file import WARM_UP_BYTES, ShareFile
 from mirrord.storage.smb.line import LOOP_S, Line, LineSettings, fail
-from mirrord.storage.smb.trouble import Step, told
+from mirrord.storage.smb.trouble import Step, told, words_for
 from mirrord.storage.smb.work import from_thread, in_thread, to_the_end
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class ShareSession:
         self._lines_made = 0
         self.sequence = sequence  # ChannelSequence: it grows with each lost line
         self._session: Session
-        self._trees: dict[str, Tree] = {}
+        self.trees: dict[str, Tree] = {}
         self._planting = asyncio.Lock()
         self._control = asyncio.Lock()
         self._ears: list[Callable[[LostError], None]] = []
@@ -111,6 +111,7 @@ class ShareSession:
         self._addresses_known: list[str] = []
         self._restoring = False
         self.on_release: Callable[[], None] | None = None
+        self.open_files = 0
 
     # What it is.
 
@@ -200,7 +201,7 @@ class ShareSession:
             return await self._tree(share, anew)
 
     async def _tree(self, share: str, anew: bool) -> Tree:
-        found = None if anew else self._trees.get(share.casefold())
+        found = None if anew else self.trees.get(share.casefold())
         if found is None:
             path = rf"\\{self._seats[0].connection.server_name}\{share}" if self._seats else share
             made = TreeConnect(self._session if self._seats else None, path)
@@ -218,7 +219,7 @@ class ShareSession:
                     raise told(cause, Step(self.server, "the share", share)) from cause
                 raise
             found = Tree(made.tree_connect_id, made)
-            self._trees |= {} if anew else {share.casefold(): found}
+            self.trees |= {} if anew else {share.casefold(): found}
         return found
 
     # Lines.
@@ -421,7 +422,7 @@ class ShareSession:
         if tell is not None:
             tell(broken)
         if broken.wants_ack:  # of a file, too, that is being opened just now, or was given up
-            tree_id = next((tree.tree_id for tree in self._trees.values()), 0)
+            tree_id = next((tree.tree_id for tree in self.trees.values()), 0)
             line.acknowledge(broken, tree_id)
 
     def _own(self, work: Coroutine[Any, Any, None]) -> None:
@@ -455,10 +456,12 @@ class ShareSession:
         """Return an open handle as a file."""
         file = ShareFile(self, tree, handle, identity, able, kept=kept)
         file.warm_up()
+        self.open_files += 1
         return file
 
     def release(self) -> None:
-        """One user less: what it means is the owner's business."""
+        """One file less: what it means is the owner's business."""
+        self.open_files -= 1
         if self.on_release is not None:
             self.on_release()
 
@@ -493,8 +496,3 @@ async def open_session(
         await session.close()
         raise
     return session
-
-
-def words_for(work: Callable[..., object]) -> str:
-    """Return what messages call a function of `control`."""
-    return getattr(work, "__name__", "a request").replace("_", " ")

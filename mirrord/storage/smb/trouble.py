@@ -9,6 +9,7 @@ what it was given.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -162,3 +163,8 @@ def not_creatable(at: ShareLocation, error: OSError) -> RefusedError:
         error.errno or 0, ("target-unusable", f"{error.strerror}: choose another target")
     )
     return RefusedError(code, f"{at} can't be created: {reason}")
+
+
+def words_for(work: Callable[..., object]) -> str:
+    """Return what messages call a function of `control`."""
+    return getattr(work, "__name__", "a request").replace("_", " ")

@@ -69,6 +69,11 @@ def from_thread(
     return answer.result(limit_s)
 
 
+def aside(work: Coroutine[Any, Any, object]) -> None:
+    """Do work whose end is of no interest to anybody, however it ends."""
+    _keep(asyncio.get_running_loop().create_task(work)).add_done_callback(_forget_failure)
+
+
 async def to_the_end(
     work: Coroutine[Any, Any, T], release: Callable[[T], Awaitable[None]] | None = None
 ) -> T:
