@@ -99,7 +99,6 @@ class SteadyBackend(Backend):
         self._closing: asyncio.Task[None] | None = None
         self._settled = read_only  # what was written before we came is durable, too
         self._settling: asyncio.Task[None] | None = None
-        self._authoritative = False
         self._learning: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._tie = Tie(
@@ -123,11 +122,11 @@ class SteadyBackend(Backend):
 
     @property
     def authoritative(self) -> bool:
-        return self._authoritative
+        return self.door.authoritative
 
     @authoritative.setter
     def authoritative(self, value: bool) -> None:
-        self._authoritative = self.door.authoritative = value
+        self.door.authoritative = value
         if value and self._learning is None:
             if not self._settled:
                 self._settling = self._loop.create_task(self._settle())

@@ -83,8 +83,8 @@ class ShareDoor(Door):
             if anew:
                 aside(desk.ask(control.disconnect))
             raise
-        # Samba looks once a tree who may do what: the rights are back for work on names, too.
-        session.trees[self._share.casefold()] = tree
+        if anew:  # Samba looks once a tree who may do what: work on names has the rights, too, now
+            session.trees[self._share.casefold()] = tree
         return file
 
     async def _find(self, desk: Desk, former: RemoteFile) -> RemoteFile:
