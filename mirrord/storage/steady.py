@@ -343,7 +343,7 @@ class SteadyBackend(Backend):
         if self._suspect:
             self._suspect = False
             raise OSError(
-                errno.EIO,
+                errno.ENOTCONN,
                 f"the connection to {self.door.where} was lost since the last flush: the server "
                 "may have forgotten what was written",
             )
