@@ -257,3 +257,33 @@ async def test_a_target_is_hidden_from_nobody_though_its_renaming_was_not_answer
     await place.publish(JOB)
     assert server.file("target.raw").exists()
     assert len(unhidden) == 1
+
+
+async def test_a_server_that_kept_nothing_isnt_asked_for_each_handle(
+    server: Samba, make_client: MakeClient, expect_log: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It has no other of that session either; each refusal ends the new session, for all of it."""
+    expect_log("connection lost", "connected again")
+    real, tried = control.reopen_handle, []
+
+    def reopen(tree: Any, path: str, *arguments: Any, **keys: Any) -> Any:
+        tried.append(path)
+        return real(tree, path, *arguments, **keys)
+
+    monkeypatch.setattr(control, "reopen_handle", reopen)
+    client = make_client(server, line=QUICK)
+    source, _, target = await pair(client)
+    disks = [source, target]
+    for number in range(3):
+        server.put(f"{number}.raw", pattern(MIB))
+        disks.append(await client.open(f"{number}.raw"))
+    server.kill_all()
+    server.start()
+
+    def back() -> bool:
+        return all(disk._tie.life and disk.facts()["state"] == "connected" for disk in disks)
+
+    await eventually_async(back, DEADLINE_S, "all are back")
+    assert [disk._tie.life for disk in disks] == [1] * len(disks)
+    assert len(tried) <= 2  # the second was asked for before the first was refused

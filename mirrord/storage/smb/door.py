@@ -123,8 +123,8 @@ class ShareDoor(Door):
 
     async def _take_over(self, desk: Desk, former: RemoteFile, path: str) -> File | None:
         """Have the server give us the handle that it kept, if it did."""
-        handle = cast(File, former).handle
-        if not handle.durable or not isinstance(desk.session, ShareSession):
+        handle, its = cast(File, former).handle, cast(File, former).session
+        if not handle.durable or not isinstance(its, ShareSession) or its.forgotten:
             return None
         access, share = _mode(self._read_only)
         try:
@@ -134,7 +134,7 @@ class ShareDoor(Door):
         except OSError as error:
             # Forgotten, or somebody else wanted the file. Samba leaves half of a handle behind that
             # it refused to give back, until its process ends: an open would wait for that one.
-            handle.durable = False
+            its.forgotten = True
             why = f"{self.where}: the handle was not kept ({error.strerror})"
             desk.session.abandon(why)
             raise LostError(why) from error

@@ -112,6 +112,7 @@ class ShareSession:
         self._restoring = False
         self.on_release: Callable[[], None] | None = None
         self.open_files = 0
+        self.forgotten = False  # the server kept none of its handles
 
     # What it is.
 
