@@ -148,7 +148,12 @@ async def paused(job: Job) -> Outcome:
     job.copier.stop()
     while job.space_wanted and not job.pause_wished and not job.resumed.is_set():
         await _wait(job.resumed, job.settings.space_probe_s)
-        if not job.resumed.is_set() and await _try(job) is None and not job.pause_wished:
+        if job.resumed.is_set():
+            break
+        trouble = await _try(job)
+        if trouble is not None:
+            job.reason = str(trouble)
+        elif not job.pause_wished:
             return _back(job, "there is space again")
     await job.resumed.wait()
     return _back(job, "the operator resumed it")
@@ -158,11 +163,12 @@ async def degraded(job: Job) -> Outcome:
     """Try a failing target again, with growing delays; not for ever, if that leads nowhere."""
     before, job.left_at_trouble = job.left_at_trouble, job.bitmap.remaining()
     if job.left_at_trouble < before - PROGRESS_CHUNKS * job.settings.chunk_bytes:
-        job.attempts = 0
+        job.attempts = job.delays = 0
     elif job.migration.story[-1].event is Event.TARGET_AWAY:
         job.attempts = max(0, job.attempts - 1)
     while job.attempts < job.settings.target_attempts_max:
         job.attempts += 1
+        job.delays += 1
         await _wait(job.resumed, _backoff_s(job))
         job.resumed.clear()
         trouble = await _try(job)
@@ -260,7 +266,7 @@ def _back(job: Job, reason: str) -> Outcome:
 
 
 def _backoff_s(job: Job) -> float:
-    doubled: float = job.settings.retry_first_s * 2 ** max(0, job.attempts - 1)
+    doubled: float = job.settings.retry_first_s * 2 ** min(job.delays - 1, 16)
     return min(doubled, job.settings.retry_max_s)
 
 

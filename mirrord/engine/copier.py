@@ -119,10 +119,14 @@ class Copier:
     async def try_one(self) -> None:
         """Copy one chunk, to see whether the target works again; raise the trouble if not.
 
-        Not less: a full target mostly has space for a block. The worker is one like the others:
-        cancelling this leaves it to end by itself.
+        That of the last trouble, if it is known: a full target has space for blocks that it has,
+        and for one more. The worker is one like the others: cancelling this leaves it to end by
+        itself.
         """
-        runs = self._tracker.bitmap.take_chunk(0, self._settings.chunk_bytes, self._runs_max)
+        bitmap, chunk_bytes = self._tracker.bitmap, self._settings.chunk_bytes
+        failed_at = (self.trouble and self.trouble.offset) or 0
+        runs = bitmap.take_chunk(failed_at, chunk_bytes, self._runs_max)
+        runs = runs or bitmap.take_chunk(0, chunk_bytes, self._runs_max)
         if not runs:
             return
         self.trouble = None

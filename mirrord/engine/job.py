@@ -110,7 +110,7 @@ class Job:
         self.cutover_attempt: Cutover | None = None
         self.former: Backend | None = None
         self.reason = ""
-        self.attempts = 0
+        self.attempts = self.delays = 0
         self.left_at_trouble = 0  # bytes
         self.gates_missed = 0
         self.space_wanted = False
@@ -181,7 +181,7 @@ class Job:
         if self.migration.phase not in (Phase.PAUSED, Phase.DEGRADED):
             raise self._refusal("resume", f"it is {self.migration.phase.value}, not paused")
         await self._set(paused=False)
-        self.attempts = 0
+        self.attempts = self.delays = 0
         self.resumed.set()
 
     @property

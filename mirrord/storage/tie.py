@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 RETRY_FIRST_S: Final = 0.05
 RETRY_MAX_S: Final = 5.0
 # A server that refuses the password is asked again this rarely: accounts get locked.
-DENIED_RETRY_S: Final = 20.0
+PASSWORD_RETRY_S: Final = 20.0
+DENIED_RETRY_S: Final = 2.0
 DENIED_LOOK_S: Final = 0.5  # whether there is another one
 
 
@@ -124,16 +125,17 @@ class Tie:
                 self.reason = why.strerror
                 self._denied = why
                 self._wake()  # who isn't patient needn't wait for this
-                await self._changed()
+                password = why.code == "credential-refused"
+                await self._changed(PASSWORD_RETRY_S if password else DENIED_RETRY_S)
             except OSError as why:
                 self.reason = why.strerror
             except Exception as why:  # a defect must not be the last attempt
                 log.exception("opening again failed server=%s", self.door.where)
                 self.reason = f"a defect: {why!r}"
 
-    async def _changed(self) -> None:
+    async def _changed(self, limit_s: float) -> None:
         """Return when it may be worth asking again after the server said no."""
-        for _ in range(round(DENIED_RETRY_S / DENIED_LOOK_S)):
+        for _ in range(round(limit_s / DENIED_LOOK_S)):
             if self.door.changed():
                 break
             await asyncio.sleep(DENIED_LOOK_S)

@@ -5,8 +5,11 @@ The numbers are those of `test_target_trouble`.
 
 from __future__ import annotations
 
+import asyncio
 import errno
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -24,6 +27,67 @@ WRITING = ("write", "write_zeroes")
 
 def told(bench: CrashBench) -> list[Event | None]:
     return [step.event for step in bench.job.migration.story]
+
+
+@pytest.mark.fault(8)
+async def test_8_space_for_what_a_guest_rewrites_is_no_space(
+    bench: CrashBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target has that already. What failed is tried, and it is told what that says."""
+    await bench.begin()
+    honest = bench.target.inner.write
+    number, refused = errno.ENOSPC, 0
+
+    async def write(offset: int, data: Buffer, *, fua: bool = False) -> None:
+        nonlocal refused
+        if offset >= 10 * UNIT:
+            refused += 1
+            raise OSError(number, "no more")
+        await honest(offset, data, fua=fua)
+
+    monkeypatch.setattr(bench.target.inner, "write", write)
+    await bench.run_to_phase(Phase.PAUSED)
+    await bench.write(0, NEW)
+    looked = refused
+    await eventually_async(lambda: refused >= looked + 3, what="attempts")
+    assert told(bench) == [Event.STARTED, Event.SPACE_EXHAUSTED]
+    assert "No space" in bench.job.status().reason or "no more" in bench.job.status().reason
+    number = errno.EIO
+    await eventually_async(lambda: "no space" not in bench.job.status().reason, what="told")
+    assert bench.job.migration.phase is Phase.PAUSED
+    monkeypatch.undo()
+    await bench.assert_moved(await bench.finish())
+
+
+@pytest.mark.fault(14)
+async def test_14_a_target_too_slow_for_a_guest_is_tried_less_and_less_often(
+    bench: CrashBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt succeeds, and each mirrored write costs its guest the budget once more."""
+    bench.settings = replace(SMALL, target_budget_s=0.02, retry_first_s=0.02, retry_max_s=60)
+    await bench.begin(cutover="manual")
+    target, answer_delay_s = bench.target, 0.05
+    stalls: list[float] = []
+    late: list[asyncio.Task[None]] = []
+
+    def begin_write(offset: int, data: Buffer, ended: Callable[[object], None]) -> bool:
+        stalls.append(asyncio.get_running_loop().time())
+        late.append(asyncio.create_task(write_late(offset, bytes(data), ended)))
+        return True
+
+    async def write_late(offset: int, data: bytes, ended: Callable[[object], None]) -> None:
+        await asyncio.sleep(answer_delay_s)
+        await target.write(offset, data)
+        ended(None)
+
+    monkeypatch.setattr(target, "begin_write", begin_write)
+    bench.run()
+    while len(stalls) < 6:
+        await bench.write(0, NEW)
+        await asyncio.sleep(0)
+    gaps = [after - before for before, after in pairwise(stalls)]
+    assert gaps[-1] > min(gaps) + 0.15, gaps
+    assert Phase.PAUSED not in [step.phase for step in bench.job.migration.story]
 
 
 @pytest.mark.fault(11)

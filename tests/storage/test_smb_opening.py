@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from mirrord.core.geometry import MIB
+from mirrord.storage import tie
 from mirrord.storage.backend import Cache
 from mirrord.storage.memory import open_memory
+from mirrord.storage.remote import DeniedError
 from mirrord.storage.smb import control, door
 from mirrord.storage.smb.place import SharePlace
 from mirrord.storage.steady import SteadyBackend
@@ -37,9 +39,11 @@ class Opens:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.wanted: Callable[[str], bool] = lambda path: False
         self.refused: Callable[[str], bool] = lambda path: False
+        self.refusal = OSError(5, "not yet")
         self.late = False  # the server has done it when it hangs
         self.held = 0
         self.go = threading.Event()
+        self.hung_up: Callable[[], bool] = lambda: False  # what ends smbprotocol's waiting
         self._real = control.open_handle
         monkeypatch.setattr(control, "open_handle", self._open)
         monkeypatch.setattr(door, "OPEN_S", 0.3)
@@ -52,13 +56,14 @@ class Opens:
         if access not in (control.READ, control.WRITE):  # only looked at
             return self._real(tree, path, access, **keys)
         if self.refused(path):
-            raise OSError(5, "not yet")
+            raise self.refusal
         held = self.wanted(path) and not self.go.is_set()
         if held and self.late:
             handle = self._real(tree, path, access, **keys)
         self.held += held
-        if held:
-            self.go.wait(DEADLINE_S)
+        while held and not self.go.wait(0.05):
+            if self.hung_up():
+                raise OSError(104, "the connection broke")
         return handle if held and self.late else self._real(tree, path, access, **keys)
 
 
@@ -142,6 +147,81 @@ async def test_a_targets_open_that_hangs_doesnt_keep_a_guest_waiting(
     assert target.facts()["state"] == "away"
     opens.go.set()
     await eventually_async(lambda: target.facts()["state"] == "connected", DEADLINE_S, "back")
+
+
+async def test_a_plain_session_ends_by_a_targets_open_that_hangs(
+    server: Samba, make_client: MakeClient, expect_log: Callable[..., None], opens: Opens
+) -> None:
+    """It does one thing after another, so a guest's requests would wait behind that, too."""
+    expect_log("connection lost", "connected again")
+    client = make_client(server, line=QUICK, fast=False)
+    source, _, target = await pair(client)
+    opens.wanted = lambda path: path != SOURCE
+    opens.refused = lambda path: path != SOURCE and source.facts()["state"] == "away"
+    opens.refusal = DeniedError(13, "not-yet", "not yet")  # others end a plain session
+    server.kill_child()
+    await source.read(0, 512)  # by this it notices, and is open again first
+    await eventually_async(lambda: opens.held, DEADLINE_S, "an open that hangs")
+    session = client.server._session
+    assert session is not None
+    opens.hung_up = lambda: session.lost is not None
+    async with asyncio.timeout(5):
+        await source.write(0, b"well")
+    opens.go.set()
+    await eventually_async(lambda: target.facts()["state"] == "connected", DEADLINE_S, "back")
+
+
+@pytest.mark.parametrize("published", [False, True])
+async def test_a_target_that_is_open_elsewhere_when_its_job_ends(
+    server: Samba, make_client: MakeClient, published: bool
+) -> None:
+    """For a moment: it is removed after that, under either name. For longer: that is told."""
+    client, another = make_client(server, line=QUICK), make_client(server, line=QUICK)
+    _, place, target = await pair(client)
+    name = target.connected().path
+    if published:
+        await place.publish(JOB)
+        name = "target.raw"
+    await target.close()
+    theirs = await another.open(name, read_only=True)
+    with pytest.raises(OSError, match="SHARING_VIOLATION"):
+        await place.discard(JOB)
+    ending = asyncio.create_task(place.discard(JOB))
+    await eventually_async(place._steps.locked, DEADLINE_S, "it began")
+    await theirs.close()
+    await ending
+    assert [path.name for path in server.folder().iterdir()] == [SOURCE]
+
+
+async def test_a_share_that_is_there_again_later_than_its_server(
+    server: Samba, make_client: MakeClient, expect_log: Callable[..., None]
+) -> None:
+    """A server that begins doesn't have it yet. A job waits then, and nobody need do anything."""
+    expect_log("connection lost", "connected again")
+    client = make_client(server, line=QUICK)
+    _, _, target = await pair(client)
+    shares = dict(server.shares)
+    server.reconfigure(shares={})
+    server.kill_child()
+    await eventually_async(lambda: "has no share" in str(target.reason), DEADLINE_S, "missing")
+    assert target._tie._denied is None
+    server.reconfigure(shares=shares)
+    await eventually_async(lambda: target.facts()["state"] == "connected", DEADLINE_S, "back")
+
+
+async def test_a_right_is_asked_for_more_often_than_a_password(
+    server: Samba, make_client: MakeClient, expect_log: Callable[..., None]
+) -> None:
+    """No account gets locked by that, and an operator who has granted it goes on at once."""
+    expect_log("connection lost", "connected again")
+    client = make_client(server, line=QUICK)
+    _, _, target = await pair(client)
+    server.reconfigure(share_lines=["valid users = daemon"])
+    server.kill_child()
+    await eventually_async(lambda: "grant that" in str(target.reason), DEADLINE_S, "denied")
+    server.reconfigure(share_lines=[])
+    async with asyncio.timeout(tie.PASSWORD_RETRY_S / 2):
+        await eventually_async(lambda: target.facts()["state"] == "connected", DEADLINE_S, "back")
 
 
 async def test_a_guests_own_open_that_hangs_has_a_session_of_its_own(

@@ -75,7 +75,12 @@ class ShareDoor(Door):
         if its is session or its.lost is not None:  # the handle is of no use any more
             await former.close()
         anew, self._refused = self._refused, False
-        tree = await session.tree(self._share, anew=anew)
+        try:
+            tree = await session.tree(self._share, anew=anew)
+        except DeniedError as error:
+            if error.code != "share-missing":
+                raise
+            raise LostError(str(error.strerror)) from error  # a server that begins has none yet
         desk = Desk(session, tree)
         try:
             file = await self._find(desk, former)
@@ -103,7 +108,8 @@ class ShareDoor(Door):
                 raise
             except TimeoutError as error:
                 why = f"{self.where}: opening {path} takes longer than {OPEN_S:g} s"
-                if self.authoritative or not desk.session.open_files:
+                others = desk.session.open_files and isinstance(desk.session, ShareSession)
+                if self.authoritative or not others:  # a plain one has them all wait
                     desk.session.abandon(why)
                 if not self.authoritative:
                     await asyncio.sleep(YIELD_S)

@@ -383,12 +383,12 @@ class SharePlace(Place):
         if self._target is not None:
             identity = self._target.identity
             await self._target.close()  # its lock would be in the way
-            self._target = None
         async with self._desk() as desk:
             await desk.remove(self._part(job_id), None)
             if identity is not None:
                 await desk.remove(self._at.path, identity)
             await desk.flush_folder(self._at.folder)
+        self._target = None  # not before: this may be done again, and has to know it then
 
     async def _confirm(self, identity: Identity) -> str | None:
         try:
