@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 RETRY_FIRST_S: Final = 0.05
 RETRY_MAX_S: Final = 5.0
-# A server that refuses the password is asked again this rarely: accounts get locked.
-PASSWORD_RETRY_S: Final = 20.0
-DENIED_RETRY_S: Final = 2.0
+# A server that says no is asked again this rarely: accounts get locked. Not by asking for a share.
+DENIED_RETRY_S: Final = 20.0
+SHARE_RETRY_S: Final = 2.0
 DENIED_LOOK_S: Final = 0.5  # whether there is another one
 
 
@@ -125,8 +125,8 @@ class Tie:
                 self.reason = why.strerror
                 self._denied = why
                 self._wake()  # who isn't patient needn't wait for this
-                password = why.code == "credential-refused"
-                await self._changed(PASSWORD_RETRY_S if password else DENIED_RETRY_S)
+                logged_on = why.code == "share-denied"
+                await self._changed(SHARE_RETRY_S if logged_on else DENIED_RETRY_S)
             except OSError as why:
                 self.reason = why.strerror
             except Exception as why:  # a defect must not be the last attempt

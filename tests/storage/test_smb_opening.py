@@ -158,7 +158,7 @@ async def test_a_plain_session_ends_by_a_targets_open_that_hangs(
     source, _, target = await pair(client)
     opens.wanted = lambda path: path != SOURCE
     opens.refused = lambda path: path != SOURCE and source.facts()["state"] == "away"
-    opens.refusal = DeniedError(13, "not-yet", "not yet")  # others end a plain session
+    opens.refusal = DeniedError(13, "share-denied", "not yet")  # others end a plain session
     server.kill_child()
     await source.read(0, 512)  # by this it notices, and is open again first
     await eventually_async(lambda: opens.held, DEADLINE_S, "an open that hangs")
@@ -220,7 +220,7 @@ async def test_a_right_is_asked_for_more_often_than_a_password(
     server.kill_child()
     await eventually_async(lambda: "grant that" in str(target.reason), DEADLINE_S, "denied")
     server.reconfigure(share_lines=[])
-    async with asyncio.timeout(tie.PASSWORD_RETRY_S / 2):
+    async with asyncio.timeout(tie.DENIED_RETRY_S / 2):
         await eventually_async(lambda: target.facts()["state"] == "connected", DEADLINE_S, "back")
 
 
