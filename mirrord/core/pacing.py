@@ -308,3 +308,11 @@ def pass_pays(remaining: int, copy_rate: float, dirty_rate: float) -> tuple[bool
     if leaves > PASS_LEAVES_MAX * remaining:
         return False, f"{told}: too much to pay"
     return True, told
+
+
+def share_of(limit: int) -> int:
+    """Return the part of a limit that mirrored writes can't take from the copier: a quarter.
+
+    A guest that writes more than the limit is not slowed, so something has to exceed it.
+    """
+    return max(1, limit // 4) if limit else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from errno import ESTALE, ETIMEDOUT
+from errno import ENOTCONN, ESTALE, ETIMEDOUT
 from typing import TYPE_CHECKING, Any
 
 from mirrord.core.geometry import Status
@@ -155,6 +155,8 @@ async def paused(job: Job) -> Outcome:
             job.reason = str(trouble)
         elif not job.pause_wished:
             return _back(job, "there is space again")
+    if job.pause_wished:
+        job.reason = "the operator paused it"
     await job.resumed.wait()
     return _back(job, "the operator resumed it")
 
@@ -166,14 +168,19 @@ async def degraded(job: Job) -> Outcome:
         job.attempts = job.delays = 0
     elif job.migration.story[-1].event is Event.TARGET_AWAY:
         job.attempts = max(0, job.attempts - 1)
+    if job.around.clock() - job.working_since_s > job.settings.retry_max_s:
+        job.delays = 0
     while job.attempts < job.settings.target_attempts_max:
         job.attempts += 1
         job.delays += 1
         await _wait(job.resumed, _backoff_s(job))
         job.resumed.clear()
+        copied_before = job.copier.copied_bytes
         trouble = await _try(job)
         if trouble is None:
             return _back(job, "the target works again")
+        if trouble.errno == ENOTCONN and job.copier.copied_bytes > copied_before:
+            job.delays = 0  # it is there: its first flush tells what it may have forgotten (R13)
         job.reason = str(trouble)
         if trouble.errno in NO_SPACE:
             return meaning(trouble)
@@ -260,6 +267,7 @@ def _back(job: Job, reason: str) -> Outcome:
     """
     assert job.tracker is not None
     job.tracker.digests.restart()
+    job.working_since_s = job.around.clock()
     job.rates = Rates()  # what was measured before a pause says nothing about after it
     in_bulk = job.progress.passes == 0
     return (Event.RESUMED_IN_BULK if in_bulk else Event.RESUMED), reason

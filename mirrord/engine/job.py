@@ -33,7 +33,7 @@ from mirrord.core.migration import (
     Phase,
     Step,
 )
-from mirrord.core.pacing import Rates, TokenBucket, Window, eta
+from mirrord.core.pacing import Rates, TokenBucket, Window, eta, share_of
 from mirrord.core.units import format_bytes
 from mirrord.engine.activities import ACTIVITIES, Outcome, meaning
 from mirrord.engine.copier import Copier
@@ -103,14 +103,15 @@ class Job:
             self.cutover_wanted.set()
         self.rates = Rates()
         self._bucket = TokenBucket(self.request.limit, around.clock())
-        self._share = TokenBucket(_share_of(self.request.limit), around.clock())
+        self._share = TokenBucket(share_of(self.request.limit), around.clock())
         self.retirement = Retirement(
             self.request, ledger, *places, self.settings, moved=around.moved
         )
         self.cutover_attempt: Cutover | None = None
         self.former: Backend | None = None
         self.reason = ""
-        self.attempts = self.delays = 0
+        self.attempts = self.delays = 0  # at a target in trouble: failed in a row; the next one's
+        self.working_since_s = 0.0  # by `around.clock`, since it was last in trouble
         self.left_at_trouble = 0  # bytes
         self.gates_missed = 0
         self.space_wanted = False
@@ -207,7 +208,7 @@ class Job:
         self._refuse_unless_reversible("limit")
         await self._set(limit=rate)
         self._bucket.set_rate(rate, self.around.clock())
-        self._share.set_rate(_share_of(rate), self.around.clock())
+        self._share.set_rate(share_of(rate), self.around.clock())
         if self.tracker is not None:
             self.copier.wake()
 
@@ -490,11 +491,3 @@ class Job:
 
     def _refusal(self, verb: str, why: str) -> RefusedError:
         return RefusedError("wrong-phase", f"can't {verb} the move of {self.request.disk}: {why}")
-
-
-def _share_of(limit: int) -> int:
-    """Return the part of a limit that mirrored writes can't take from the copier: a quarter.
-
-    A guest that writes more than the limit is not slowed, so something has to exceed it.
-    """
-    return max(1, limit // 4) if limit else 0

@@ -20,6 +20,7 @@ from mirrord.core.pacing import (
     Window,
     eta,
     pass_pays,
+    share_of,
 )
 
 # -- the limit
@@ -30,6 +31,12 @@ def test_without_a_limit_nothing_waits() -> None:
     for _ in range(5):
         bucket.charge(GIB, 0.0)
         assert bucket.delay_s(GIB, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(("limit", "share"), [(0, 0), (1, 1), (4 * MIB, MIB)])
+def test_a_quarter_of_a_limit_is_the_copiers(limit: int, share: int) -> None:
+    """Of no limit there is no part; of the smallest something, or it would be none."""
+    assert share_of(limit) == share
 
 
 def test_the_burst_goes_at_once_and_the_rest_at_the_rate() -> None:

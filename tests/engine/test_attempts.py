@@ -253,3 +253,50 @@ async def test_8_space_for_a_block_is_no_space(
     assert told(bench) == [Event.STARTED, Event.SPACE_EXHAUSTED]
     monkeypatch.undo()
     await bench.assert_moved(await bench.finish())
+
+
+async def test_delays_begin_anew_once_it_has_worked_for_a_while(bench: CrashBench) -> None:
+    """Of a job that is held in step nothing is left to copy, so no progress is seen."""
+    bench.settings = replace(SMALL, retry_first_s=0.01, retry_max_s=0.1)
+    await bench.begin(cutover="manual")
+    bench.run()
+    clock = asyncio.get_running_loop().time
+    for count in range(1, 5):
+        await eventually_async(lambda: bench.job.held, what="in step again")
+        calm_until_s = clock() + 0.2
+        await eventually_async(lambda until_s=calm_until_s: clock() > until_s)
+        lost = bench.at_target.fail("write", errno=errno.ENOTCONN)
+        await bench.write(0, NEW)
+        await bench.run_to(lost)
+        await eventually_async(lambda n=count: told(bench).count(Event.RESUMED) == n, what="back")
+        assert bench.job.delays == 1
+    await bench.assert_moved(await bench.cut_over())
+
+
+async def test_no_second_delay_for_what_a_target_tells_that_is_back(
+    bench: CrashBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first flush after an outage says that something may be forgotten (rule R13)."""
+    bench.settings = replace(SMALL, retry_first_s=0.01, retry_max_s=60)
+    await bench.begin()
+    away = bench.at_target.fail("write", errno=errno.ENOTCONN, times=FOR_EVER)
+    await bench.run_to_phase(Phase.DEGRADED)
+    await eventually_async(lambda: bench.job.delays > 4, what="delays that grow")
+    first = bench.at_target.fail("flush", errno=errno.ENOTCONN)
+    away.release()
+    await bench.run_to(first)
+    await eventually_async(lambda: bench.job.delays <= 1, what="delays anew")
+    await bench.assert_moved(await bench.finish())
+
+
+async def test_what_the_operator_pauses_says_so_though_it_waited_for_space(
+    bench: CrashBench,
+) -> None:
+    release = await phases.out_of_space(bench)
+    await bench.job.pause()
+    await eventually_async(lambda: bench.job.status().reason == "the operator paused it", what="it")
+    release()
+    await turns()
+    assert bench.job.migration.phase is Phase.PAUSED
+    await bench.job.resume()
+    await bench.assert_moved(await bench.finish())

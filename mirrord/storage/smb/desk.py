@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mirrord.storage.backend import Identity
-from mirrord.storage.remote import LostError
+from mirrord.storage.remote import DeniedError, LostError
 from mirrord.storage.smb import control
 from mirrord.storage.smb.control import Facts
 from mirrord.storage.smb.plain import PlainSession
@@ -22,12 +22,32 @@ def identity_of(facts: Facts, *, keeps_birth: bool) -> Identity:
     return Identity(KIND, facts.volume, facts.number, facts.size, born_ns)
 
 
+async def tree_again(
+    session: ShareSession | PlainSession, share: str, *, anew: bool = False
+) -> Tree:
+    """Connect to a share that was there before: a server that is starting has it a little later.
+
+    Raises LostError, also for that, and DeniedError.
+    """
+    try:
+        return await session.tree(share, anew=anew)
+    except DeniedError as error:
+        if error.code != "share-missing":
+            raise
+        raise LostError(str(error.strerror)) from error
+
+
 @dataclass(slots=True)
 class Desk:
     """A share, ready for work on names. Everything raises OSError as the server refuses it."""
 
     session: ShareSession | PlainSession
     tree: Tree
+
+    @property
+    def keeps_handles(self) -> bool:
+        """Whether handles may be taken over after a loss: not where breaks can't be answered."""
+        return isinstance(self.session, ShareSession)
 
     async def ask(self, work: Any, *args: Any, **kwargs: Any) -> Any:
         """Run one of `control`'s functions."""

@@ -15,9 +15,9 @@ from mirrord.storage.backend import Capabilities
 from mirrord.storage.remote import DeniedError, Door, LostError, RemoteFile
 from mirrord.storage.smb import control
 from mirrord.storage.smb.control import Facts, Handle
-from mirrord.storage.smb.desk import Desk, identity_of
+from mirrord.storage.smb.desk import Desk, identity_of, tree_again
 from mirrord.storage.smb.file import ShareFile
-from mirrord.storage.smb.plain import PlainFile
+from mirrord.storage.smb.plain import PlainFile, PlainSession
 from mirrord.storage.smb.server import ShareServer
 from mirrord.storage.smb.session import ShareSession
 from mirrord.storage.smb.work import aside, to_the_end
@@ -75,12 +75,7 @@ class ShareDoor(Door):
         if its is session or its.lost is not None:  # the handle is of no use any more
             await former.close()
         anew, self._refused = self._refused, False
-        try:
-            tree = await session.tree(self._share, anew=anew)
-        except DeniedError as error:
-            if error.code != "share-missing":
-                raise
-            raise LostError(str(error.strerror)) from error  # a server that begins has none yet
+        tree = await tree_again(session, self._share, anew=anew)
         desk = Desk(session, tree)
         try:
             file = await self._find(desk, former)
@@ -108,8 +103,7 @@ class ShareDoor(Door):
                 raise
             except TimeoutError as error:
                 why = f"{self.where}: opening {path} takes longer than {OPEN_S:g} s"
-                others = desk.session.open_files and isinstance(desk.session, ShareSession)
-                if self.authoritative or not others:  # a plain one has them all wait
+                if self.authoritative or not self._serves_others(desk.session):
                     desk.session.abandon(why)
                 if not self.authoritative:
                     await asyncio.sleep(YIELD_S)
@@ -127,6 +121,11 @@ class ShareDoor(Door):
             await found.close()
         raise LostError(f"{self.where}: {paths[0]} is not there") from missing
 
+    def _serves_others(self, session: ShareSession | PlainSession) -> bool:
+        """Tell whether files are open in it that don't wait for ours to be opened."""
+        waits = isinstance(session, PlainSession) and session.quiet_s > OPEN_S / 2
+        return session.open_files > 0 and not waits
+
     async def _take_over(self, desk: Desk, former: RemoteFile, path: str) -> File | None:
         """Have the server give us the handle that it kept, if it did."""
         handle, its = cast(File, former).handle, cast(File, former).session
@@ -140,7 +139,8 @@ class ShareDoor(Door):
         except OSError as error:
             # Forgotten, or somebody else wanted the file. Samba leaves half of a handle behind that
             # it refused to give back, until its process ends: an open would wait for that one.
-            its.forgotten = True
+            handle.durable = False
+            its.forgotten |= error.errno == errno.ENOENT  # else it may have kept the others
             why = f"{self.where}: the handle was not kept ({error.strerror})"
             desk.session.abandon(why)
             raise LostError(why) from error
@@ -165,7 +165,8 @@ async def open_file(
 ) -> File:
     """Open a file that is there, for ourselves alone."""
     access, share = _mode(read_only)
-    handle = await desk.ask(control.open_handle, path, access, share=share, durable=not read_only)
+    durable = not read_only and desk.keeps_handles
+    handle = await desk.ask(control.open_handle, path, access, share=share, durable=durable)
     try:
         facts = await desk.ask(control.facts, handle)
         sparse = facts.is_sparse or made_sparse

@@ -28,7 +28,7 @@ from mirrord.storage.names import part_name, retired_name
 from mirrord.storage.remote import DeniedError, LostError, SteadySettings
 from mirrord.storage.smb import control
 from mirrord.storage.smb.control import Handle
-from mirrord.storage.smb.desk import Desk, identity_of
+from mirrord.storage.smb.desk import Desk, identity_of, tree_again
 from mirrord.storage.smb.door import File, ShareDoor, as_file, open_file
 from mirrord.storage.smb.server import PATIENCE_S, ShareServer
 from mirrord.storage.smb.trouble import not_creatable, unopened
@@ -137,12 +137,19 @@ class SharePlace(Place):
     # The share.
 
     @asynccontextmanager
-    async def _desk(self, patience_s: float = PATIENCE_S) -> AsyncIterator[Desk]:
-        """Have the share connected, for a step. Raises LostError, DeniedError."""
+    async def _desk(
+        self, patience_s: float = PATIENCE_S, *, known: bool = True
+    ) -> AsyncIterator[Desk]:
+        """Have the share connected, for a step; it is `known` to have been there before.
+
+        Raises LostError, DeniedError.
+        """
         self._server.use()
         try:
             session = await self._server.patiently(patience_s)
-            yield Desk(session, await session.tree(self._at.share))
+            share = self._at.share
+            tree = await (tree_again(session, share) if known else session.tree(share))
+            yield Desk(session, tree)
         finally:
             self._server.release()
 
@@ -150,7 +157,7 @@ class SharePlace(Place):
     async def _refusing(self, patience_s: float = 0.0) -> AsyncIterator[Desk]:
         """The same for what refuses, at once: RefusedError, or UnreachableError."""
         try:
-            async with self._desk(patience_s) as desk:
+            async with self._desk(patience_s, known=False) as desk:
                 yield desk
         except DeniedError as error:
             raise RefusedError(error.code, error.strerror or error.code) from error
@@ -282,7 +289,7 @@ class SharePlace(Place):
         made = False
         try:
             handle = await desk.ask(
-                control.open_handle, part, control.WRITE, create=True, durable=True
+                control.open_handle, part, control.WRITE, create=True, durable=desk.keeps_handles
             )
             made = True
             file = await self._prepare(desk, handle, part, size)
@@ -387,8 +394,10 @@ class SharePlace(Place):
             await desk.remove(self._part(job_id), None)
             if identity is not None:
                 await desk.remove(self._at.path, identity)
+            # Not before: this may be done again, and has to know it then. Nor later: what has this
+            # name by then, and perhaps this inode, is somebody else's.
+            self._target = None
             await desk.flush_folder(self._at.folder)
-        self._target = None  # not before: this may be done again, and has to know it then
 
     async def _confirm(self, identity: Identity) -> str | None:
         try:

@@ -49,6 +49,7 @@ class PlainSession:
         self.lost: LostError | None = None
         self.on_release: Callable[[], None] | None = None
         self.open_files = 0
+        self._answered_s = asyncio.get_running_loop().time()
         self._connection: Connection
         self._session: Session
         self.trees: dict[str, Tree] = {}
@@ -67,6 +68,11 @@ class PlainSession:
             "channels": 0 if self.lost else 1,
             "weaknesses": list(self.settings.weaknesses),
         }
+
+    @property
+    def quiet_s(self) -> float:
+        """How long ago the server last answered."""
+        return asyncio.get_running_loop().time() - self._answered_s
 
     def when_lost(self, tell: Callable[[LostError], None]) -> None:
         """As `ShareSession.when_lost`."""
@@ -87,7 +93,9 @@ class PlainSession:
             limit_s = self.settings.line.request_s
             try:
                 async with asyncio.timeout(limit_s):
-                    return await in_thread(work)
+                    result = await in_thread(work)
+                self._answered_s = asyncio.get_running_loop().time()
+                return result
             except TimeoutError as error:
                 self._lose(f"{self.server} has not answered for {limit_s:g} s")
                 assert self.lost is not None
