@@ -65,6 +65,9 @@ REFUSED_EXIT_CODE = RefusedError.exit_code
 UNREACHABLE_EXIT_CODE = os.EX_TEMPFAIL
 
 
+# What a disk on a share waits for, once it is attached: our own handle, of a process whose end the
+# server has not noticed yet; rights and shares that come back.
+NOT_NOW = frozenset({"in-use", "unreadable", "share-denied", "share-missing"})
 VERBS = ("pause", "resume", "cancel", "cutover", "limit")
 
 
@@ -93,6 +96,7 @@ class DiskProcess:
                 "move": self._move,
                 "detach": self._detach,
                 "has_its_name": self._has_its_name,
+                "flush": self._flush_now,
                 **{verb: self._steering(verb) for verb in VERBS},
             },
             listener,
@@ -220,6 +224,10 @@ class DiskProcess:
         await asyncio.to_thread(self._forget)
         self._detached.set()
 
+    async def _flush_now(self, params: dict[str, Any]) -> None:
+        """Make durable what was acknowledged: the next process won't have it to repeat."""
+        await self._flush(force=False)
+
     async def _flush(self, *, force: bool) -> None:
         """Make durable what was acknowledged, before the disk is forgotten."""
         share = self._mover.status(0).share
@@ -234,7 +242,7 @@ class DiskProcess:
                     "not-flushed",
                     f"what was written to disk {self._name} can't be made durable "
                     f"({str(error) or 'its storage does not answer'}): wait until that is well, "
-                    "or give that up with --force",
+                    "or give that up with 'mirrord detach --force'",
                 ) from error
             why = str(error) or "its storage does not answer"
             log.error("detached unflushed %s", fields(disk=self._name, error=why))
@@ -261,8 +269,7 @@ async def _live(options: argparse.Namespace) -> int:
         return UNREACHABLE_EXIT_CODE
     except (MirrordError, OSError) as error:
         problem = _problem(options.name, error)
-        if problem.code == "in-use" and process.on_share:
-            # Our own handle, of a process whose end the server has not noticed yet, perhaps.
+        if problem.code in NOT_NOW and process.on_share:
             _report(options.report_fd, Report(unreachable=problem))
             return UNREACHABLE_EXIT_CODE
         log.info("refused %s", fields(disk=options.name, reason=problem.message))

@@ -374,7 +374,7 @@ class Registry:
         await process.refresh()
         if force or process.status is None or process.outdated:
             await self._refuse_lost(name, "no other process could open its bytes: {}")
-            process.refuse_owed()
+            await process.flush()
             await process.renew()
             log.info("upgraded %s", fields(disk=name, version=mirrord.__version__))
         return await self._describe(name)

@@ -254,6 +254,17 @@ class DiskProcess:
                 "'mirrord detach --force'",
             )
 
+    async def flush(self) -> None:
+        """Have the process make durable what it alone has. Raises RefusedError (`not-flushed`)."""
+        self.refuse_owed()
+        if self.status is None or self.status.share is None:
+            return
+        try:
+            await self.call("flush", type(None))
+        except RefusedError as error:
+            if error.code != "unknown-verb":  # of an older version
+                raise
+
     # The owner task.
 
     async def keep(self) -> None:

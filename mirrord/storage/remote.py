@@ -23,6 +23,11 @@ class LostError(OSError):
         super().__init__(ENOTCONN, why)
 
 
+class ForgottenError(LostError):
+    """The server answers, and has kept nothing of ours: the next attempt asks for something else,
+    so it need not wait."""
+
+
 class DeniedError(OSError):
     """The server, or we, won't: trying again changes nothing until somebody changes something.
 

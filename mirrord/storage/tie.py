@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from mirrord.storage.backend import UnreachableError
-from mirrord.storage.remote import DeniedError, Door, LostError, RemoteFile
+from mirrord.storage.remote import DeniedError, Door, ForgottenError, LostError, RemoteFile
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +125,11 @@ class Tie:
                 self.reason = why.strerror
                 self._denied = why
                 self._wake()  # who isn't patient needn't wait for this
-                logged_on = why.code == "share-denied"
+                logged_on = why.code in ("share-denied", "target-missing")
                 await self._changed(SHARE_RETRY_S if logged_on else DENIED_RETRY_S)
+            except ForgottenError as why:
+                self.reason = why.strerror
+                delay_s = RETRY_FIRST_S
             except OSError as why:
                 self.reason = why.strerror
             except Exception as why:  # a defect must not be the last attempt

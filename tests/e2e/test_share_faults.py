@@ -7,6 +7,7 @@ end each block holds its last write.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -224,6 +225,53 @@ def test_a_guest_waits_for_its_own_disk_only_so_long(
     assert source.read_bytes()[:BLOCK_BYTES] == b"w" * BLOCK_BYTES
     if stopped:
         samba.go_on()
+
+
+def test_an_upgrade_makes_durable_what_its_process_alone_has(start: Any) -> None:
+    """Its server is connected and doesn't answer: what it hasn't flushed may have to be repeated.
+
+    That was lost when the server's power failed then, and nobody said so.
+    """
+    samba, daemon = start()
+    daemon.expect_log("connection lost")
+    samba.put("vm.raw", b"", SIZE_BYTES)
+    client = Client(daemon.attach("vm", samba.url("vm.raw")), "vm")
+    client.send(WRITE, 1, 0, BLOCK_BYTES, b"w" * BLOCK_BYTES)
+    assert client.receive() == (1, 0)
+    served_by = daemon.disk_pid("vm")
+    samba.pause(everything=True)
+    refused = daemon.run("upgrade", "vm", "--force", "--json")
+    samba.go_on()
+    assert (refused.returncode, json.loads(refused.stderr)["code"]) == (4, "not-flushed")
+    assert daemon.disk_pid("vm") == served_by
+    client.send(WRITE, 2, BLOCK_BYTES, BLOCK_BYTES, b"x" * BLOCK_BYTES)
+    assert client.receive() == (2, 0)
+    client.close()
+    eventually(lambda: daemon.run("upgrade", "vm", "--force").returncode == 0, 30, "it is well")
+    assert daemon.disk_pid("vm") != served_by
+    daemon.json("detach", "vm")
+    expected = b"w" * BLOCK_BYTES + b"x" * BLOCK_BYTES
+    assert samba.file("vm.raw").read_bytes()[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("line", ["read only = yes", "valid users = daemon"])
+def test_a_disk_that_is_denied_when_its_process_starts_waits_for_its_rights(
+    start: Any, line: str
+) -> None:
+    """As one whose process lives: nobody need restart anything."""
+    samba, daemon = start()
+    daemon.expect_log("restarting disk process", "unreachable")
+    samba.put("vm.raw", b"", SIZE_BYTES)
+    daemon.attach("vm", samba.url("vm.raw"))
+    samba.reconfigure(share_lines=[line])
+    samba.kill_child()
+    daemon.kill_disk("vm")
+    eventually(lambda: daemon.json("show", "vm")["reason"], 20, "it says that it is denied")
+    assert daemon.json("show", "vm")["state"] == "starting"
+    samba.reconfigure(share_lines=[])
+    eventually(lambda: daemon.json("show", "vm")["state"] == "serving", 30, "it serves again")
+    refused = daemon.run("attach", "other", samba.url("missing.raw"), "--json")
+    assert json.loads(refused.stderr)["code"] == "location-missing"
 
 
 def test_a_disk_waits_for_a_server_that_is_away_at_its_start(start: Any) -> None:

@@ -155,3 +155,27 @@ async def test_a_plain_session_that_is_slow_serves_others(
     assert its_door._serves_others(session)
     await source.close()
     assert not its_door._serves_others(session)
+
+
+async def test_a_target_that_somebody_removed_isnt_waited_for_for_ever(
+    server: Samba, make_client: MakeClient, expect_log: Callable[..., None]
+) -> None:
+    """Its job counts that, and pauses. The guest's own disk is waited for: it may be put back."""
+    expect_log("connection lost", "connected again")
+    client = make_client(server, line=QUICK)
+    source = await client.open("disk.raw", authoritative=True)
+    place, memory = client.place("target.raw"), open_memory(MIB)
+    target = client.mine(await place.create(JOB, memory, cache=Cache.WRITEBACK))
+    files = list(server.folder().iterdir())
+    for file in files:
+        file.rename(file.with_suffix(".aside"))
+    server.kill_child()
+    for disk in (source, target):
+        await eventually_async(lambda d=disk: "not there" in str(d.reason), DEADLINE_S, "missing")
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        await target.write(0, b"x" * 512)
+    reading = asyncio.create_task(source.read(0, 512))
+    for file in files:
+        file.with_suffix(".aside").rename(file)
+    assert bytes(await reading) == pattern(MIB)[:512]
+    await eventually_async(lambda: target.facts()["state"] == "connected", DEADLINE_S, "back")

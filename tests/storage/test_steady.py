@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
 from mirrord.core.geometry import KIB, MIB, Extent, Status
+from mirrord.storage import tie
 from mirrord.storage.backend import Buffer, Capabilities, Identity
-from mirrord.storage.remote import Door, LostError, RemoteFile, SteadySettings
+from mirrord.storage.remote import Door, ForgottenError, LostError, RemoteFile, SteadySettings
 from mirrord.storage.steady import SteadyBackend
 from tests.helpers import eventually_async
 
@@ -201,4 +203,32 @@ async def test_an_acknowledged_write_that_is_refused_is_never_given_up(server: S
     assert not reading.done()
     server.full = False
     assert bytes(await reading) == b"k" * BLOCK
+    await backend.close()
+
+
+async def test_a_server_that_is_back_is_asked_again_at_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The delays grew while it was away. Its first answer is that it kept nothing of ours."""
+    monkeypatch.setattr(tie, "RETRY_FIRST_S", 0.01)
+    asked_s: list[float] = []
+
+    class Restarted(Entrance):
+        """Away for some attempts; then it has forgotten the handle."""
+
+        async def reopen(self, former: RemoteFile) -> RemoteFile:
+            asked_s.append(asyncio.get_running_loop().time())
+            if len(asked_s) < 7:
+                raise LostError("away")
+            if len(asked_s) == 7:
+                raise ForgottenError("the handle was not kept")
+            return await super().reopen(former)
+
+    backend = SteadyBackend(File(server), Restarted(server), SteadySettings(io_timeout_s=5))
+    backend.authoritative = True
+    await backend.read(0, BLOCK)
+    server.file.die()
+    await until_back(backend)
+    gaps = [after - before for before, after in pairwise(asked_s)]
+    assert gaps[-1] < gaps[-2] / 2, gaps
     await backend.close()

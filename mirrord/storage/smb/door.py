@@ -12,7 +12,7 @@ from typing import Final, cast
 
 from mirrord.smb.location import ShareLocation
 from mirrord.storage.backend import Capabilities
-from mirrord.storage.remote import DeniedError, Door, LostError, RemoteFile
+from mirrord.storage.remote import DeniedError, Door, ForgottenError, LostError, RemoteFile
 from mirrord.storage.smb import control
 from mirrord.storage.smb.control import Facts, Handle
 from mirrord.storage.smb.desk import Desk, identity_of, tree_again
@@ -119,7 +119,10 @@ class ShareDoor(Door):
             if len(paths) == 1 or former.identity.is_still(found.identity):
                 return found
             await found.close()
-        raise LostError(f"{self.where}: {paths[0]} is not there") from missing
+        why = f"{self.where}: {paths[0]} is not there"
+        if not self.authoritative:  # a job needn't wait for ever for what may have been removed
+            raise DeniedError(errno.ENOENT, "target-missing", why) from missing
+        raise LostError(why) from missing
 
     def _serves_others(self, session: ShareSession | PlainSession) -> bool:
         """Tell whether files are open in it that don't wait for ours to be opened."""
@@ -143,7 +146,7 @@ class ShareDoor(Door):
             its.forgotten |= error.errno == errno.ENOENT  # else it may have kept the others
             why = f"{self.where}: the handle was not kept ({error.strerror})"
             desk.session.abandon(why)
-            raise LostError(why) from error
+            raise ForgottenError(why) from error
         facts = await desk.ask(control.facts, again)
         sparse = former.capabilities.punches_holes
         if sparse and not facts.is_sparse and not self._read_only:  # Samba has forgotten it
