@@ -155,7 +155,7 @@ async def paused(job: Job) -> Outcome:
             job.reason = str(trouble)
         elif not job.pause_wished:
             return _back(job, "there is space again")
-    if job.pause_wished:
+    if job.space_wanted and job.pause_wished:
         job.reason = "the operator paused it"
     await job.resumed.wait()
     return _back(job, "the operator resumed it")

@@ -110,9 +110,10 @@ class Job:
         self.cutover_attempt: Cutover | None = None
         self.former: Backend | None = None
         self.reason = ""
-        self.attempts = self.delays = 0  # at a target in trouble: failed in a row; the next one's
-        self.working_since_s = 0.0  # by `around.clock`, since it was last in trouble
-        self.left_at_trouble = 0  # bytes
+        # At a target in trouble: attempts in a row that led nowhere, and how often the delay grew.
+        self.attempts = self.delays = 0
+        self.working_since_s = 0.0  # by `around.clock`: when it last came out of trouble
+        self.left_at_trouble = 0  # bytes that were to be copied at its last trouble
         self.gates_missed = 0
         self.space_wanted = False
         self.mismatched = False

@@ -54,8 +54,8 @@ DETACH_DEADLINE_S = 60.0
 DETACH_FORCED_S = 15.0  # a process that hangs is ended then
 # How long a starting daemon waits for its disks before it says that it is ready.
 LOAD_DEADLINE_S = 10.0
-# What a process that keeps dying or hangs makes a call end with.
 LOST_LOOK_S = 3.0  # for what lies under a name: the process itself looks for two
+# What a process that keeps dying or hangs makes a call end with.
 NOT_ANSWERING = ("disk-not-serving", "disk-stuck", "disk-restarted")
 
 

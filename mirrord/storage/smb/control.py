@@ -204,7 +204,7 @@ def _ask(tree: Any, message: Any) -> Any:
 
 
 def disconnect(tree: Any) -> None:
-    """Leave the share, by a tree of which nothing is open."""
+    """Leave the share; what is open by this tree is closed with it."""
     tree.disconnect()
 
 

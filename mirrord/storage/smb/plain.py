@@ -127,7 +127,8 @@ class PlainSession:
                     raise told(cause, Step(self.server, "the share", share)) from cause
                 raise
             found = Tree(made.tree_connect_id, made)
-            self.trees |= {} if anew else {share.casefold(): found}
+            if not anew:
+                self.trees[share.casefold()] = found
         return found
 
     def file(
